@@ -1,0 +1,337 @@
+"""The U-Net of latent diffusion (Rombach et al. 2022; SDXL: Podell et al. 2023), with diffusers' parameter names.
+
+Shapes: B batch, C channels, H W latent size, S tokens of the text, E width of the text embedding, V width of the vector,
+L heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diffusion.attention import KeysValues, SpatialTransformer, TransformerBlock, same_rows
+from diffusion.errors import GazeError, nearest
+
+PerLevel = int | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The options of diffusers' `unet/config.json` that are read; `FIXED` and `IGNORED` are the others."""
+
+    sample_size: int | tuple[int, int] | None = None  # latent size the model was trained at; the U-Net takes any
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: PerLevel = 2
+    transformer_layers_per_block: PerLevel = 1
+    attention_head_dim: PerLevel = 8  # despite its name the NUMBER of heads
+    cross_attention_dim: int = 1280
+    norm_num_groups: int = 32
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None  # "text_time": a vector is added to the time embedding (SDXL)
+    addition_time_embed_dim: int | None = None  # width of each embedded size number inside that vector
+    projection_class_embeddings_input_dim: int | None = None  # V, width of that vector
+
+    FIXED: ClassVar[dict[str, Any]] = {
+        "center_input_sample": False,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "only_cross_attention": False,
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "dropout": 0.0,
+        "act_fn": "silu",
+        "norm_eps": 1e-5,
+        "reverse_transformer_layers_per_block": None,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "num_attention_heads": None,
+        "dual_cross_attention": False,
+        "class_embed_type": None,
+        "num_class_embeds": None,
+        "resnet_time_scale_shift": "default",
+        "resnet_skip_time_act": False,
+        "resnet_out_scale_factor": 1.0,
+        "time_embedding_type": "positional",
+        "time_embedding_dim": None,
+        "time_embedding_act_fn": None,
+        "timestep_post_act": None,
+        "time_cond_proj_dim": None,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "attention_type": "default",
+        "class_embeddings_concat": False,
+        "mid_block_only_cross_attention": None,
+        "cross_attention_norm": None,
+    }
+    IGNORED: ClassVar[dict[str, str]] = {
+        "upcast_attention": "the fused kernel keeps its softmax in fp32 whatever the dtype",
+        "addition_embed_type_num_heads": "used by addition_embed_type 'text' only, which is refused",
+    }
+
+    def __post_init__(self) -> None:
+        levels = len(self.block_out_channels)
+
+        def check(good: bool, option: str, needs: str) -> None:
+            if not good:
+                raise GazeError(f"U-Net config: {option} = {getattr(self, option)!r}, but {needs}")
+
+        for option in ("down_block_types", "up_block_types"):
+            known = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+                     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}[option]  # fmt: skip
+            check(len(getattr(self, option)) == levels, option, f"block_out_channels has {levels} levels")
+            check(set(getattr(self, option)) <= set(known), option, f"the known types are {', '.join(known)}")
+        for option in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
+            check(len(self.per_level(option)) == levels, option, f"block_out_channels has {levels} levels")
+            check(min(self.per_level(option)) > 0, option, "each must be at least 1")
+        check(all(c % self.norm_num_groups == 0 for c in self.block_out_channels), "block_out_channels",
+              f"norm_num_groups = {self.norm_num_groups} must divide each")  # fmt: skip
+        for c, heads, *types in zip(self.block_out_channels, self.per_level("attention_head_dim"),
+                                    self.down_block_types, reversed(self.up_block_types)):  # fmt: skip
+            attends = any(kind.startswith("CrossAttn") for kind in types)
+            check(not attends or c % heads == 0, "attention_head_dim",
+                  f"it is the number of heads and must divide the {c} channels of its level")  # fmt: skip
+        check(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "only text_time is supported")
+        check(self.addition_embed_type is None or self.projection_class_embeddings_input_dim is not None,
+              "projection_class_embeddings_input_dim", "addition_embed_type text_time needs this width")  # fmt: skip
+
+    def per_level(self, option: str) -> tuple[int, ...]:
+        """The option's value for each level of the way down, where one number stands for all levels."""
+        value = getattr(self, option)
+        return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
+
+    @classmethod
+    def from_diffusers(cls, config: dict[str, Any]) -> UNetConfig:
+        """Read the content of `unet/config.json`. GazeError: an option that is unknown, or set to what is not supported."""
+        if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+            raise GazeError(f"U-Net config: this is a {config['_class_name']}, not a UNet2DConditionModel")
+        read = {field.name for field in dataclasses.fields(cls)}
+        options = {key: value for key, value in config.items() if not key.startswith("_")}  # _: notes by diffusers
+        for key, value in options.items():
+            if key not in read | cls.FIXED.keys() | cls.IGNORED.keys():
+                raise GazeError(f"U-Net config: unknown option {key} = {value!r}", nearest(key, read))
+            if key in cls.FIXED and value != cls.FIXED[key]:
+                raise GazeError(f"U-Net config: {key} = {value!r} is not supported, only {cls.FIXED[key]!r} is")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value
+                      for key, value in options.items() if key in read})  # fmt: skip
+
+    def to_diffusers(self) -> dict[str, Any]:
+        """The content of a `unet/config.json` that diffusers and `from_diffusers` read."""
+        return {"_class_name": "UNet2DConditionModel", **self.FIXED, **dataclasses.asdict(self)}
+
+
+def sinusoid(timestep_B: Tensor, width: int) -> Tensor:
+    """Timesteps (fractions allowed) as cosines and sines of falling frequency (Vaswani et al. 2017, section 3.5)."""
+    half = width // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=timestep_B.device))
+    angles = timestep_B.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class Embedding(nn.Module):
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_width, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x.to(self.linear_1.weight.dtype))))
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions; the time shifts what lies between them (Ho et al. 2020, appendix B)."""
+
+    def __init__(self, in_channels: int, channels: int, time_width: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.time_emb_proj = nn.Linear(time_width, channels)
+        self.norm2 = nn.GroupNorm(groups, channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+
+    def forward(self, x_BCHW: Tensor, shift_BC: Tensor) -> Tensor:
+        x_BCHW, shift_BC = same_rows(x_BCHW, shift_BC)
+        hidden_BCHW = self.conv1(F.silu(self.norm1(x_BCHW))) + shift_BC[:, :, None, None]
+        return self.conv_shortcut(x_BCHW) + self.conv2(F.silu(self.norm2(hidden_BCHW)))
+
+
+class Resample(nn.Module):
+    """The convolution between two levels: with stride 2 on the way down, after repeating pixels on the way up."""
+
+    def __init__(self, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.conv(x_BCHW)
+
+
+class Level(nn.Module):
+    """The layers of one resolution: residual blocks, each followed by a transformer as far as there are any."""
+
+    def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer]) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(resnets)
+        self.attentions = nn.ModuleList(attentions)
+
+    def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+        return itertools.zip_longest(self.resnets, self.attentions)
+
+
+class UNet(nn.Module):
+    """x_BCHW, timestep, text -> what the model predicts, BCHW. Any H and W.
+
+    Text-only and time-only work is separable: `forward` is `denoise(x, embed_time(...), project_context(...))`, and the two
+    inner results can be kept for as long as the text and the schedule stay.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        channels = config.block_out_channels
+        time_width = 4 * channels[0]
+        heads, depths = config.per_level("attention_head_dim"), config.per_level("transformer_layers_per_block")
+        layers = config.per_level("layers_per_block")
+
+        def level(i: int, in_channels: list[int], attentions: int) -> Level:
+            return Level(
+                [ResidualBlock(c, channels[i], time_width, config.norm_num_groups) for c in in_channels],
+                [SpatialTransformer(channels[i], heads[i], config.cross_attention_dim, depths[i],
+                                    config.norm_num_groups, config.use_linear_projection)
+                 for _ in range(attentions)],
+            )  # fmt: skip
+
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = Embedding(channels[0], time_width)
+        if config.projection_class_embeddings_input_dim is not None and config.addition_embed_type is not None:
+            self.add_embedding = Embedding(config.projection_class_embeddings_input_dim, time_width)
+
+        skips = [channels[0]]  # channels of every skip connection, in the order in which the way down makes them
+        self.down_blocks = nn.ModuleList()
+        for i, kind in enumerate(config.down_block_types):
+            attends = kind == "CrossAttnDownBlock2D"
+            block = level(i, [skips[-1]] + [channels[i]] * (layers[i] - 1), layers[i] if attends else 0)
+            skips += [channels[i]] * layers[i]
+            if i < len(channels) - 1:
+                block.downsamplers = nn.ModuleList([Resample(channels[i], stride=2)])
+                skips.append(channels[i])
+            self.down_blocks.append(block)
+
+        self.mid_block = level(len(channels) - 1, [channels[-1]] * 2, 1)
+
+        self.up_blocks = nn.ModuleList()
+        below = channels[-1]
+        for i, kind in zip(reversed(range(len(channels))), config.up_block_types):
+            attends = kind == "CrossAttnUpBlock2D"
+            inputs = [c + skips.pop() for c in [below] + [channels[i]] * layers[i]]
+            block = level(i, inputs, len(inputs) if attends else 0)
+            if i > 0:
+                block.upsamplers = nn.ModuleList([Resample(channels[i], stride=1)])
+            below = channels[i]
+            self.up_blocks.append(block)
+
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[0])
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def zero_residuals(self) -> UNet:
+        """Start every residual branch and the output at zero, for training from scratch (Dhariwal & Nichol 2021)."""
+        ends = [m.conv2 for m in self.modules() if isinstance(m, ResidualBlock)]
+        ends += [m.proj_out for m in self.modules() if isinstance(m, SpatialTransformer)]
+        for layer in [*ends, self.conv_out]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        return self
+
+    def in_order(self, kind: type[nn.Module]) -> list[Any]:
+        """The modules of a kind in the order in which `denoise` calls them."""
+        return [m for part in (*self.down_blocks, self.mid_block, *self.up_blocks)
+                for layer in part.layers() for m in itertools.chain(*(x.modules() for x in layer if x is not None))
+                if isinstance(m, kind)]  # fmt: skip
+
+    def embed_time(self, timestep: Tensor | float, vector_BV: Tensor | None = None) -> list[Tensor]:
+        """The shift_BC of every residual block, for timesteps of shape [B] or one for all rows (then B is 1).
+
+        GazeError: a vector that is missing, or given to a model that has no use for it.
+        """
+        if (vector_BV is None) == hasattr(self, "add_embedding"):
+            wants = "needs a vector (pooled text and size numbers)" if vector_BV is None else "takes no vector"
+            raise GazeError(f"this U-Net {wants}: addition_embed_type is {self.config.addition_embed_type!r}")
+        timestep_B = torch.as_tensor(timestep, device=self.conv_in.weight.device).reshape(-1)
+        embedding = self.time_embedding(sinusoid(timestep_B, self.config.block_out_channels[0]))
+        if vector_BV is not None:
+            embedding = embedding + self.add_embedding(vector_BV)
+        active = F.silu(embedding)
+        return [block.time_emb_proj(active) for block in self.in_order(ResidualBlock)]
+
+    def project_context(self, context_BSE: Tensor) -> list[KeysValues]:
+        """The text's k_BLSD and v_BLSD of every cross-attention."""
+        return [block.attn2.keys_values(context_BSE) for block in self.in_order(TransformerBlock)]
+
+    def denoise(self, x_BCHW: Tensor, shifts: Sequence[Tensor], texts: Sequence[KeysValues]) -> Tensor:
+        """`forward` after `embed_time` and `project_context`.
+
+        The texts may have a multiple of x's rows (negative prompts first, then positive): what comes before the first
+        cross-attention is then computed once on x's rows, and the result has the texts' rows.
+        """
+        shift, text = iter(shifts), iter(texts)
+        x = self.conv_in(x_BCHW)
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, attention in block.layers():
+                x = resnet(x, next(shift))
+                x = x if attention is None else attention(x, text)
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)
+                skips.append(x)
+        for resnet, attention in self.mid_block.layers():
+            x = resnet(x, next(shift))
+            x = x if attention is None else attention(x, text)
+        for block in self.up_blocks:
+            for resnet, attention in block.layers():
+                x = resnet(torch.cat(same_rows(x, skips.pop()), dim=1), next(shift))
+                x = x if attention is None else attention(x, text)
+            if hasattr(block, "upsamplers"):
+                # To the size of the skip connection, so that sizes which halving rounds come back.
+                x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+    def forward(
+        self, x_BCHW: Tensor, timestep: Tensor | float, context_BSE: Tensor, vector_BV: Tensor | None = None
+    ) -> Tensor:
+        """timestep: of shape [B], or one number for all; fractions allowed. vector_BV: SDXL's pooled text and sizes."""
+        return self.denoise(x_BCHW, self.embed_time(timestep, vector_BV), self.project_context(context_BSE))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> UNet:
+        """Open a diffusers `unet/` folder. GazeError: missing or broken files, an unsupported config, other weights."""
+        from diffusion.pretrained import read_json, read_weights
+
+        config = UNetConfig.from_diffusers(read_json(Path(folder) / "config.json"))
+        with torch.device("meta"):
+            unet = cls(config)
+        try:
+            unet.load_state_dict(read_weights(Path(folder)), assign=True)
+        except RuntimeError as error:
+            raise GazeError(f"{folder}: the weights do not fit config.json: {error}") from error
+        return unet
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a diffusers `unet/` folder; dtype None keeps that of the parameters."""
+        from diffusion.pretrained import write_part
+
+        write_part(Path(folder), self.config.to_diffusers(), self.state_dict(), dtype=dtype)

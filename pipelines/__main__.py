@@ -1,0 +1,306 @@
+"""The `gaze` command. Results go to stdout, progress and errors to stderr.
+
+Each command imports what it needs when it runs: torch takes seconds to import, and a help page should not.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from diffusion.errors import GazeError
+from pipelines import __version__
+
+app = typer.Typer(
+    name="gaze",
+    help="Pictures from words: make them, score a model, measure its speed.",
+    epilog="To train a model: accelerate launch -m train CONFIG",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+evaluate = typer.Typer(help="Score a model.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(evaluate, name="evaluate")
+
+
+def _set_debug(wanted: bool) -> None:
+    if wanted:
+        os.environ["GAZE_DEBUG"] = "1"
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gaze {__version__}")
+        raise typer.Exit
+
+
+Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+ModelFolder = Annotated[
+    str | None, typer.Option("--model", metavar="FOLDER", help="A diffusers model folder. [default: the shipped model]")
+]
+Scheduler = Annotated[str | None, typer.Option("--scheduler", metavar="NAME", help="euler, heun, dpmpp_2m, ddim, ...")]
+Steps = Annotated[
+    int | None, typer.Option("--steps", "--num-inference-steps", min=1, metavar="N", help="Steps of the scheduler.")
+]
+Cfg = Annotated[
+    float | None,
+    typer.Option("--cfg", "--guidance-scale", metavar="X", help="Weight of the prompt; 1 turns guidance off."),
+]
+Size = Annotated[str | None, typer.Option("--size", metavar="W[xH]", help="Pixels: 64, or 64x96 (width x height).")]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help='What to show; several give a picture each. "": anything.')
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help="PNG or folder; {i} is the picture's number. [default: from the prompt]",
+        ),
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="More prompts, one a line.")] = None,
+    n: Annotated[int, typer.Option("-n", "--num-images", min=1, metavar="N", help="Pictures of each prompt.")] = 1,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Picture i has seed + i. [default: a random one]")
+    ] = None,
+    steps: Steps = None,
+    cfg: Cfg = None,
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to keep away from.")] = None,
+    scheduler: Scheduler = None,
+    model: ModelFolder = None,
+    size: Size = None,
+    sheet: Annotated[str | None, typer.Option(metavar="FILE", help="All pictures, labelled, in one PNG.")] = None,
+    columns: Annotated[int, typer.Option(min=1, metavar="N", help="Columns of the sheet.")] = 8,
+    batch_size: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pictures made at once; changes memory and speed only.")
+    ] = 8,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make pictures from prompts. Prints each file with its seed and seconds; the PNG holds prompt and settings."""
+    import random
+
+    from pipelines.files import check_writable, plan_paths, png_path
+
+    texts = [text for text in [*(prompt or []), *_lines(prompts)] for _ in range(n)]
+    if not texts:
+        raise typer.BadParameter("no prompt was given", param_hint="'PROMPT'")
+    width, height = _size(size)
+    first = random.SystemRandom().randrange(2**32) if seed is None else seed
+    seeds = [first + index for index in range(len(texts))]
+    sheet_path = None if sheet is None else png_path(sheet)
+    if sheet_path is not None:
+        check_writable(sheet_path.parent)
+    # A sheet alone is enough; single files are written beside it when -o says where.
+    paths = plan_paths(out, texts, seeds) if sheet_path is None or out is not None else None
+
+    from pipelines import TextToImage
+    from pipelines.images import grid, save_png
+
+    pipe = TextToImage.from_pretrained(model)
+    pictures: list[dict[str, Any]] = []
+    images: list[Any] = []
+    with _progress() as advance:
+        for start in range(0, len(texts), batch_size):
+            chunk = texts[start : start + batch_size]
+            begin = time.perf_counter()
+            for preview in pipe.steps(
+                chunk,
+                negative_prompt=negative_prompt,
+                num_inference_steps=steps,
+                guidance_scale=cfg,
+                seed=first + start,
+                scheduler=scheduler,
+                height=height,
+                width=width,
+            ):
+                advance((start * preview.total + len(chunk) * preview.index) / (len(texts) * preview.total))
+            result = preview.result()
+            seconds = (time.perf_counter() - begin) / len(chunk)
+            for index, (image, settings) in enumerate(zip(result.images, result.settings, strict=True), start):
+                images.append(image)
+                pictures.append({"path": None, "seconds": round(seconds, 3), **settings})
+                if paths is not None:
+                    save_png(image, paths[index], {**settings, "model": "default" if model is None else model})
+                    pictures[index]["path"] = str(paths[index])
+    if sheet_path is not None:
+        scale = max(1, 128 // images[0].width)
+        save_png(grid(images, columns, texts, scale), sheet_path, {"pictures": [_without_file(p) for p in pictures]})
+    if as_json:
+        print(json.dumps({"pictures": pictures, "sheet": None if sheet_path is None else str(sheet_path)}))
+        return
+    for picture in pictures:
+        if picture["path"] is not None:
+            print(f"{picture['path']}  seed {picture['seed']}  {picture['seconds']:.2f} s")
+    if sheet_path is not None:
+        seconds = sum(picture["seconds"] for picture in pictures)
+        print(f"{sheet_path}  seeds {seeds[0]} to {seeds[-1]}  {seconds:.2f} s")
+
+
+def _without_file(picture: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in picture.items() if key not in ("path", "seconds")}
+
+
+def _lines(file: str | None) -> list[str]:
+    """The prompts of a text file: its lines that are not blank."""
+    if file is None:
+        return []
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise GazeError(
+            f"prompts file {file!r} cannot be read: {error}", "a UTF-8 text file, one prompt a line"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _size(size: str | None) -> tuple[int | None, int | None]:
+    """Width and height of "64" or "64x96"; None where the model decides."""
+    if size is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,5})(?:[x×](\d{1,5}))?", size.strip().lower())
+    if match is None:
+        raise typer.BadParameter(f"{size!r} is not a size such as 64 or 64x96 (width x height)", param_hint="'--size'")
+    return int(match[1]), int(match[2] or match[1])
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A function that moves a bar on stderr to a fraction of the whole; on anything but a terminal it does nothing."""
+    if not sys.stderr.isatty():
+        yield lambda fraction: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("drawing", total=1.0)
+        yield lambda fraction: bar.update(task, completed=fraction)
+
+
+@evaluate.command()
+def retrieval(
+    model: ModelFolder = None,
+    data: Annotated[
+        str, typer.Option(metavar="FOLDER", help="Has train/ and heldout/, pictures named.")
+    ] = "data/emoji",
+    split: Annotated[str, typer.Option(metavar="NAME", help="seen or heldout.")] = "heldout",
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, metavar="N", help="Prompts. [default: 200 seen, every held-out one]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Picture i has seed + i.")] = 0,
+    steps: Steps = None,
+    cfg: Cfg = None,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 32,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """How often is the true picture nearest to the prompt's the right one? Score with a 95 % interval."""
+    from pipelines import TextToImage
+    from pipelines.evaluation import evaluate_retrieval
+
+    with _progress() as advance:
+        report = evaluate_retrieval(
+            TextToImage.from_pretrained(model),
+            data,
+            split,
+            n,
+            seed,
+            steps,
+            cfg,
+            batch_size,
+            lambda done, total: advance(done / total),
+        )
+    if as_json:
+        print(json.dumps(report))
+        return
+    settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
+    print(
+        f"{report['split']}: {report['score']:.1%} top-1 (95 % interval {report['low']:.1%} to {report['high']:.1%}), "
+        f"{report['right']} of {report['n']}\n{settings}"
+    )
+
+
+@app.command(short_help="Measure speed against diffusers.")
+def benchmark(
+    model: ModelFolder = None,
+    prompt: Annotated[str, typer.Option(help="What to draw.")] = "a red apple",
+    scheduler: Annotated[str, typer.Option(metavar="NAME", help="ddim, euler or dpmpp_2m.")] = "ddim",
+    steps: Annotated[
+        int, typer.Option("--steps", "--num-inference-steps", min=1, metavar="N", help="Steps of the scheduler.")
+    ] = 20,
+    cfg: Annotated[float, typer.Option("--cfg", "--guidance-scale", metavar="X", help="1 turns guidance off.")] = 7.5,
+    size: Size = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the start noise.")] = 0,
+    pairs: Annotated[int, typer.Option(min=1, metavar="N", help="Warm runs of each, interleaved.")] = 15,
+    cold_pairs: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Runs of each in a fresh process, import included.")
+    ] = 3,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Time one picture here against diffusers' pipeline: same weights, noise, steps, guidance, dtype, interleaved."""
+    from pipelines.benchmark import compare, table
+
+    width, height = _size(size)
+    report = compare(
+        model,
+        prompt=prompt,
+        scheduler=scheduler,
+        num_inference_steps=steps,
+        guidance_scale=cfg,
+        height=height,
+        width=width,
+        seed=seed,
+        pairs=pairs,
+        cold_pairs=cold_pairs,
+    )
+    print(json.dumps(report) if as_json else table(report))
+
+
+def main() -> None:
+    """Runs the command line. An error is a few lines on stderr and exit code 1; wrong usage is 2, Ctrl-C 130."""
+    os.environ["GAZE_DEBUG"] = os.environ.get("GAZE_DEBUG", "")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also those of loading weights
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        app(prog_name="gaze")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ["GAZE_DEBUG"] not in ("", "0"):
+            raise
+        known = isinstance(error, GazeError)
+        hint = "" if known else "\n  try: the same with --debug, which shows where this happened"
+        print(f"error: {error if known else f'{type(error).__name__}: {error}'}{hint}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Noise schedules against closed forms, their inverse, spacings, scalings and strict configs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusion.errors import GazeError
+from diffusion.noise import PREDICTION_TYPES, SPACINGS, NoiseSchedule, karras_sigmas, scaling, spaced_timesteps
+
+LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+ZERO_SNR = {**LATENT, "rescale_betas_zero_snr": True}
+SCHEDULES = {
+    "linear": {},
+    "scaled_linear": LATENT,
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "zero_snr": ZERO_SNR,
+    "trained": {"trained_betas": [0.1, 0.2, 0.3]},
+}
+
+
+@pytest.fixture(params=SCHEDULES.values(), ids=SCHEDULES)
+def schedule(request):
+    return NoiseSchedule.from_config(request.param)
+
+
+def test_closed_forms():
+    linear = [1e-4 + (0.02 - 1e-4) * t / 999 for t in range(1000)]
+    scaled = [(0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * t / 999) ** 2 for t in range(1000)]
+    for config, betas in (({}, linear), (LATENT, scaled)):
+        schedule = NoiseSchedule.from_config(config)
+        signal = math.prod(1 - beta for beta in betas)
+        assert schedule.sigmas_T[-1].item() == pytest.approx(math.sqrt((1 - signal) / signal), rel=1e-4)
+        assert schedule.sigmas_T[0].item() == pytest.approx(math.sqrt(betas[0] / (1 - betas[0])), rel=1e-3)
+    cosine = NoiseSchedule.from_config({"beta_schedule": "squaredcos_cap_v2"})
+    signal = math.cos((0.5 + 0.008) / 1.008 * math.pi / 2) ** 2 / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    assert cosine.sigmas_T[499].item() == pytest.approx(math.sqrt((1 - signal) / signal), rel=1e-3)
+
+
+def test_zero_terminal_snr_keeps_the_first_level_and_caps_the_last():
+    plain, rescaled = NoiseSchedule.from_config(LATENT), NoiseSchedule.from_config(ZERO_SNR)
+    assert rescaled.sigmas_T[-1].item() == pytest.approx(4096, rel=1e-6)
+    assert rescaled.sigmas_T[0].item() == pytest.approx(plain.sigmas_T[0].item(), rel=1e-4)
+
+
+def test_table_is_ascending_and_finite(schedule):
+    assert schedule.sigmas_T.dtype == torch.float64
+    assert schedule.sigmas_T.isfinite().all()
+    assert (schedule.sigmas_T.diff() > 0).all()
+
+
+def test_sigma_and_timestep_are_inverse(schedule):
+    last = len(schedule.sigmas_T) - 1
+    whole = torch.arange(last + 1, dtype=torch.float64)
+    assert torch.equal(schedule.sigma(whole), schedule.sigmas_T)
+    assert torch.equal(schedule.timestep(schedule.sigmas_T), whole)
+    between = torch.rand(7, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * last
+    torch.testing.assert_close(schedule.timestep(schedule.sigma(between)), between, rtol=0, atol=1e-9)
+
+
+def test_sigma_and_timestep_stop_at_the_ends(schedule):
+    last = len(schedule.sigmas_T) - 1
+    assert schedule.sigma(torch.tensor([-5.0, last + 5.0])).tolist() == schedule.sigmas_T[[0, -1]].tolist()
+    assert schedule.timestep(torch.tensor([0.0, 1e9])).tolist() == [0, last]
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_scaling_recovers_the_clean_picture(prediction_type):
+    clean, noise = torch.randn(2, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for sigma in torch.tensor([0.01, 0.5, 1.0, 14.6, 157.0], dtype=torch.float64):
+        alpha, beta = 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
+        output = {"epsilon": noise, "v_prediction": alpha * noise - beta * clean, "sample": clean}[prediction_type]
+        c_skip, c_out, c_in = scaling(prediction_type, sigma)
+        x = clean + sigma * noise
+        torch.testing.assert_close(c_in * x, alpha * clean + beta * noise)
+        torch.testing.assert_close(c_skip * x + c_out * output, clean)
+    assert all(factor.shape == (3, 1) for factor in scaling(prediction_type, torch.ones(3, 1)))
+
+
+def test_scaling_at_no_noise_is_finite():
+    for prediction_type in PREDICTION_TYPES:
+        assert all(factor.isfinite() for factor in scaling(prediction_type, torch.tensor(0.0)))
+    with pytest.raises(GazeError, match="v_prediction"):
+        scaling("velocity", torch.tensor(1.0))
+
+
+def test_spacings_by_hand():
+    assert spaced_timesteps("leading", 1000, 4, offset=1).tolist() == [751, 501, 251, 1]
+    assert spaced_timesteps("trailing", 1000, 4).tolist() == [999, 749, 499, 249]
+    assert spaced_timesteps("linspace", 1000, 4).tolist() == pytest.approx([999, 666, 333, 0])
+    assert spaced_timesteps("linspace", 1000, 1).tolist() == [999]
+    with pytest.raises(GazeError, match="trailing"):
+        spaced_timesteps("trailin", 1000, 4)
+
+
+@settings(derandomize=True, deadline=None)
+@given(total=st.integers(2, 2000), share=st.floats(0, 1), spacing=st.sampled_from(SPACINGS))
+def test_spacings_have_the_count_and_stay_inside(total, share, spacing):
+    count = 1 + int(share * (total - 1))
+    timesteps = spaced_timesteps(spacing, total, count)
+    assert timesteps.shape == (count,)
+    assert 0 <= timesteps[-1] <= timesteps[0] <= total - 1
+    assert (timesteps.diff() < 0).all()
+
+
+def test_karras_levels():
+    sigmas = karras_sigmas(14.6, 0.03, 9)
+    assert sigmas[[0, -1]].tolist() == pytest.approx([14.6, 0.03])
+    assert sigmas[4].item() == pytest.approx(((14.6 ** (1 / 7) + 0.03 ** (1 / 7)) / 2) ** 7)
+    assert karras_sigmas(14.6, 0.03, 1).tolist() == pytest.approx([14.6])
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["FlowMatchEulerDiscreteScheduler", "EulerDiscrete"]),
+        ({"beta_strat": 0.1}, ["beta_strat", "0.1", "beta_start"]),
+        ({"solver_order": 3}, ["solver_order", "3"]),
+        ({"timestep_type": "continuous"}, ["timestep_type", "continuous", "discrete"]),
+        ({"prediction_type": "flow_prediction"}, ["prediction_type", "flow_prediction", "epsilon"]),
+        ({"timestep_spacing": "log"}, ["timestep_spacing", "log", "leading"]),
+        ({"final_sigmas_type": "one"}, ["final_sigmas_type", "one", "sigma_min"]),
+        ({"beta_schedule": "sigmoid"}, ["beta_schedule", "sigmoid", "linear"]),
+        ({"beta_start": 0.0}, ["betas"]),
+        ({"trained_betas": [0.5, 1.5]}, ["betas"]),
+        ({"num_train_timesteps": 0}, ["betas"]),
+    ],
+)
+def test_config_errors_name_option_and_value(config, words):
+    with pytest.raises(GazeError) as error:
+        NoiseSchedule.from_config(config)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_config_as_stable_diffusion_ships_it():
+    schedule = NoiseSchedule.from_config(
+        {
+            "_class_name": "PNDMScheduler",
+            "_diffusers_version": "0.6.0",
+            **LATENT,
+            "num_train_timesteps": 1000,
+            "set_alpha_to_one": False,
+            "skip_prk_steps": True,
+            "steps_offset": 1,
+            "trained_betas": None,
+            "clip_sample": False,
+        }
+    )
+    assert schedule.prediction_type == "epsilon"
+    assert schedule.sigmas_T[[0, -1]].tolist() == pytest.approx([0.0292, 14.6146], abs=1e-4)
+    assert NoiseSchedule.from_config({"_class_name": "HeunDiscreteScheduler"}).sigmas_T[0].item() == pytest.approx(
+        0.0292, abs=1e-4
+    )

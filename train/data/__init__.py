@@ -1,0 +1,1 @@
+"""Captioned pictures: readers of folders, and the builders that write such folders."""
