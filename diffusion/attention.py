@@ -33,8 +33,8 @@ def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class Attention(nn.Module):
     """Multi-head attention: of the picture to itself, or to a text of another width.
 
-    `attend` is the one seam: (q_BLND, k_BLSD, v_BLSD) -> out_BLND. Setting it on an instance replaces the kernel of that
-    layer; deleting it there restores the fused kernel of the class.
+    `attend` is the one seam: (q_BLND, k_BLSD, v_BLSD) -> out_BLND. Setting it on an instance replaces the kernel of
+    that layer; deleting it there restores the fused kernel of the class.
     """
 
     attend = staticmethod(F.scaled_dot_product_attention)

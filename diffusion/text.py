@@ -5,16 +5,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from .condition import Condition
 from .errors import GazeError
 from .pretrained import read_json, weight_files
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 class TextEncoder:
@@ -32,9 +45,10 @@ class TextEncoder:
         read_json(folder / "config.json")
         variant = "fp16" if ".fp16" in weight_files(folder, "model")[0].name else None
         try:
-            model = CLIPTextModel.from_pretrained(
-                folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, variant=variant
-            )
+            with _no_progress_bar():
+                model = CLIPTextModel.from_pretrained(
+                    folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, variant=variant
+                )
         except (OSError, ValueError, RuntimeError) as error:
             raise GazeError(f"{folder} cannot be opened as a CLIP text encoder: {error}", "copy it again") from None
         try:
@@ -47,8 +61,10 @@ class TextEncoder:
         self, text_encoder: str | Path, tokenizer: str | Path, dtype: torch.dtype = torch.float32
     ) -> None:
         state = {name: value.detach().to("cpu", dtype) for name, value in self.model.state_dict().items()}
-        self.model.save_pretrained(text_encoder, state_dict=state)
+        with _no_progress_bar():
+            self.model.save_pretrained(text_encoder, state_dict=state)
         self.tokenizer.save_pretrained(str(tokenizer))
+        self.tokenizer.backend_tokenizer.model.save(str(tokenizer))  # vocab.json and merges.txt, for older readers
 
     def tokens(self, prompts: Sequence[str]) -> Tensor:
         """Token ids BS, cut and padded to the window as diffusers does."""

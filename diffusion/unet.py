@@ -1,7 +1,7 @@
 """The U-Net of latent diffusion (Rombach et al. 2022; SDXL: Podell et al. 2023), with diffusers' parameter names.
 
-Shapes: B batch, C channels, H W latent size, S tokens of the text, E width of the text embedding, V width of the vector,
-L heads, D width of a head.
+Shapes: B batch, C channels, H W latent size, S tokens of the text, E width of the text embedding, V width of SDXL's
+vector, L heads, D width of a head.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.attention import KeysValues, SpatialTransformer, TransformerBlock, same_rows
-from diffusion.errors import GazeError, nearest
+from .attention import KeysValues, SpatialTransformer, TransformerBlock, same_rows
+from .errors import GazeError, nearest
 
 PerLevel = int | tuple[int, ...]
 
@@ -83,30 +84,31 @@ class UNetConfig:
     }
 
     def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
-
-        def check(good: bool, option: str, needs: str) -> None:
-            if not good:
-                raise GazeError(f"U-Net config: {option} = {getattr(self, option)!r}, but {needs}")
-
-        for option in ("down_block_types", "up_block_types"):
-            known = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-                     "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}[option]  # fmt: skip
-            check(len(getattr(self, option)) == levels, option, f"block_out_channels has {levels} levels")
-            check(set(getattr(self, option)) <= set(known), option, f"the known types are {', '.join(known)}")
+        levels, groups = len(self.block_out_channels), self.norm_num_groups
+        for option, known in (
+            ("down_block_types", {"DownBlock2D", "CrossAttnDownBlock2D"}),
+            ("up_block_types", {"UpBlock2D", "CrossAttnUpBlock2D"}),
+        ):
+            self.check(set(getattr(self, option)) <= known, option, f"the types known are {', '.join(sorted(known))}")
+            self.check(len(getattr(self, option)) == levels, option, f"there are {levels} block_out_channels")
         for option in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
-            check(len(self.per_level(option)) == levels, option, f"block_out_channels has {levels} levels")
-            check(min(self.per_level(option)) > 0, option, "each must be at least 1")
-        check(all(c % self.norm_num_groups == 0 for c in self.block_out_channels), "block_out_channels",
-              f"norm_num_groups = {self.norm_num_groups} must divide each")  # fmt: skip
-        for c, heads, *types in zip(self.block_out_channels, self.per_level("attention_head_dim"),
-                                    self.down_block_types, reversed(self.up_block_types)):  # fmt: skip
-            attends = any(kind.startswith("CrossAttn") for kind in types)
-            check(not attends or c % heads == 0, "attention_head_dim",
-                  f"it is the number of heads and must divide the {c} channels of its level")  # fmt: skip
-        check(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "only text_time is supported")
-        check(self.addition_embed_type is None or self.projection_class_embeddings_input_dim is not None,
-              "projection_class_embeddings_input_dim", "addition_embed_type text_time needs this width")  # fmt: skip
+            self.check(len(self.per_level(option)) == levels, option, f"there are {levels} block_out_channels")
+            self.check(min(self.per_level(option)) > 0, option, "it must be at least 1")
+        divides = all(channels % groups == 0 for channels in self.block_out_channels)
+        self.check(divides, "block_out_channels", f"norm_num_groups, {groups}, must divide each")
+        ways = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
+        attends = [any(kind.startswith("CrossAttn") for kind in kinds) for kinds in ways]
+        attends[-1] = True  # the middle block
+        shares = zip(attends, self.block_out_channels, self.per_level("attention_head_dim"), strict=True)
+        divides = all(channels % heads == 0 for attending, channels, heads in shares if attending)
+        self.check(divides, "attention_head_dim", "this is the number of heads and must divide block_out_channels")
+        self.check(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "only text_time is known")
+        width_known = self.addition_embed_type is None or self.projection_class_embeddings_input_dim is not None
+        self.check(width_known, "projection_class_embeddings_input_dim", "text_time needs the width of its vector")
+
+    def check(self, good: bool, option: str, rule: str) -> None:
+        if not good:
+            raise GazeError(f"U-Net config: {option} is {getattr(self, option)!r}, but {rule}")
 
     def per_level(self, option: str) -> tuple[int, ...]:
         """The option's value for each level of the way down, where one number stands for all levels."""
@@ -115,7 +117,7 @@ class UNetConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> UNetConfig:
-        """Read the content of `unet/config.json`. GazeError: an option that is unknown, or set to what is not supported."""
+        """Read the content of `unet/config.json`. GazeError: an option that is unknown or has an unsupported value."""
         if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
             raise GazeError(f"U-Net config: this is a {config['_class_name']}, not a UNet2DConditionModel")
         read = {field.name for field in dataclasses.fields(cls)}
@@ -125,8 +127,8 @@ class UNetConfig:
                 raise GazeError(f"U-Net config: unknown option {key} = {value!r}", nearest(key, read))
             if key in cls.FIXED and value != cls.FIXED[key]:
                 raise GazeError(f"U-Net config: {key} = {value!r} is not supported, only {cls.FIXED[key]!r} is")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value
-                      for key, value in options.items() if key in read})  # fmt: skip
+        options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+        return cls(**{key: value for key, value in options.items() if key in read})
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of a `unet/config.json` that diffusers and `from_diffusers` read."""
@@ -164,7 +166,6 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x_BCHW: Tensor, shift_BC: Tensor) -> Tensor:
-        x_BCHW, shift_BC = same_rows(x_BCHW, shift_BC)
         hidden_BCHW = self.conv1(F.silu(self.norm1(x_BCHW))) + shift_BC[:, :, None, None]
         return self.conv_shortcut(x_BCHW) + self.conv2(F.silu(self.norm2(hidden_BCHW)))
 
@@ -187,17 +188,23 @@ class Level(nn.Module):
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList()
+        self.upsamplers = nn.ModuleList()
 
-    def layers(self) -> Iterator[tuple[nn.Module, nn.Module | None]]:
+    def layers(self) -> Iterator[tuple[Any, Any]]:
         return itertools.zip_longest(self.resnets, self.attentions)
 
 
 class UNet(nn.Module):
     """x_BCHW, timestep, text -> what the model predicts, BCHW. Any H and W.
 
-    Text-only and time-only work is separable: `forward` is `denoise(x, embed_time(...), project_context(...))`, and the two
-    inner results can be kept for as long as the text and the schedule stay.
+    Text-only and time-only work is separable: `forward` is `denoise(x, embed_time(...), project_context(...))`, and the
+    two inner results can be kept for as long as the text and the schedule stay.
     """
+
+    # ModuleList of Level. Any, because a ModuleList knows its items as Module only.
+    down_blocks: Any
+    up_blocks: Any
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -208,17 +215,23 @@ class UNet(nn.Module):
         layers = config.per_level("layers_per_block")
 
         def level(i: int, in_channels: list[int], attentions: int) -> Level:
-            return Level(
-                [ResidualBlock(c, channels[i], time_width, config.norm_num_groups) for c in in_channels],
-                [SpatialTransformer(channels[i], heads[i], config.cross_attention_dim, depths[i],
-                                    config.norm_num_groups, config.use_linear_projection)
-                 for _ in range(attentions)],
-            )  # fmt: skip
+            transformer = partial(
+                SpatialTransformer,
+                channels[i],
+                heads[i],
+                context_dim=config.cross_attention_dim,
+                depth=depths[i],
+                groups=config.norm_num_groups,
+                linear=config.use_linear_projection,
+            )
+            resnets = [ResidualBlock(c, channels[i], time_width, config.norm_num_groups) for c in in_channels]
+            return Level(resnets, [transformer() for _ in range(attentions)])
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
         self.time_embedding = Embedding(channels[0], time_width)
-        if config.projection_class_embeddings_input_dim is not None and config.addition_embed_type is not None:
-            self.add_embedding = Embedding(config.projection_class_embeddings_input_dim, time_width)
+        vector_width = config.projection_class_embeddings_input_dim
+        if config.addition_embed_type is not None and vector_width is not None:
+            self.add_embedding = Embedding(vector_width, time_width)
 
         skips = [channels[0]]  # channels of every skip connection, in the order in which the way down makes them
         self.down_blocks = nn.ModuleList()
@@ -227,7 +240,7 @@ class UNet(nn.Module):
             block = level(i, [skips[-1]] + [channels[i]] * (layers[i] - 1), layers[i] if attends else 0)
             skips += [channels[i]] * layers[i]
             if i < len(channels) - 1:
-                block.downsamplers = nn.ModuleList([Resample(channels[i], stride=2)])
+                block.downsamplers.append(Resample(channels[i], stride=2))
                 skips.append(channels[i])
             self.down_blocks.append(block)
 
@@ -235,12 +248,12 @@ class UNet(nn.Module):
 
         self.up_blocks = nn.ModuleList()
         below = channels[-1]
-        for i, kind in zip(reversed(range(len(channels))), config.up_block_types):
+        for i, kind in zip(reversed(range(len(channels))), config.up_block_types, strict=True):
             attends = kind == "CrossAttnUpBlock2D"
             inputs = [c + skips.pop() for c in [below] + [channels[i]] * layers[i]]
             block = level(i, inputs, len(inputs) if attends else 0)
             if i > 0:
-                block.upsamplers = nn.ModuleList([Resample(channels[i], stride=1)])
+                block.upsamplers.append(Resample(channels[i], stride=1))
             below = channels[i]
             self.up_blocks.append(block)
 
@@ -249,18 +262,17 @@ class UNet(nn.Module):
 
     def zero_residuals(self) -> UNet:
         """Start every residual branch and the output at zero, for training from scratch (Dhariwal & Nichol 2021)."""
-        ends = [m.conv2 for m in self.modules() if isinstance(m, ResidualBlock)]
-        ends += [m.proj_out for m in self.modules() if isinstance(m, SpatialTransformer)]
-        for layer in [*ends, self.conv_out]:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        ends = ("conv2", "proj_out", "conv_out")
+        for name, parameter in self.named_parameters():
+            if name.split(".")[-2] in ends:
+                nn.init.zeros_(parameter)
         return self
 
     def in_order(self, kind: type[nn.Module]) -> list[Any]:
         """The modules of a kind in the order in which `denoise` calls them."""
-        return [m for part in (*self.down_blocks, self.mid_block, *self.up_blocks)
-                for layer in part.layers() for m in itertools.chain(*(x.modules() for x in layer if x is not None))
-                if isinstance(m, kind)]  # fmt: skip
+        parts = (*self.down_blocks, self.mid_block, *self.up_blocks)
+        layers = (layer for part in parts for pair in part.layers() for layer in pair if layer is not None)
+        return [module for layer in layers for module in layer.modules() if isinstance(module, kind)]
 
     def embed_time(self, timestep: Tensor | float, vector_BV: Tensor | None = None) -> list[Tensor]:
         """The shift_BC of every residual block, for timesteps of shape [B] or one for all rows (then B is 1).
@@ -285,7 +297,8 @@ class UNet(nn.Module):
         """`forward` after `embed_time` and `project_context`.
 
         The texts may have a multiple of x's rows (negative prompts first, then positive): what comes before the first
-        cross-attention is then computed once on x's rows, and the result has the texts' rows.
+        cross-attention is then computed once on x's rows, and the result has the texts' rows. The shifts have x's rows,
+        or one for all.
         """
         shift, text = iter(shifts), iter(texts)
         x = self.conv_in(x_BCHW)
@@ -295,8 +308,8 @@ class UNet(nn.Module):
                 x = resnet(x, next(shift))
                 x = x if attention is None else attention(x, text)
                 skips.append(x)
-            if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)
+            for downsample in block.downsamplers:
+                x = downsample(x)
                 skips.append(x)
         for resnet, attention in self.mid_block.layers():
             x = resnet(x, next(shift))
@@ -305,9 +318,9 @@ class UNet(nn.Module):
             for resnet, attention in block.layers():
                 x = resnet(torch.cat(same_rows(x, skips.pop()), dim=1), next(shift))
                 x = x if attention is None else attention(x, text)
-            if hasattr(block, "upsamplers"):
+            for upsample in block.upsamplers:
                 # To the size of the skip connection, so that sizes which halving rounds come back.
-                x = block.upsamplers[0](F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
+                x = upsample(F.interpolate(x, size=skips[-1].shape[2:], mode="nearest"))
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def forward(
@@ -319,19 +332,17 @@ class UNet(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> UNet:
         """Open a diffusers `unet/` folder. GazeError: missing or broken files, an unsupported config, other weights."""
-        from diffusion.pretrained import read_json, read_weights
+        from .pretrained import load_strictly, read_json, read_weights
 
         config = UNetConfig.from_diffusers(read_json(Path(folder) / "config.json"))
-        with torch.device("meta"):
+        with torch.device("meta"):  # random weights would be thrown away
             unet = cls(config)
-        try:
-            unet.load_state_dict(read_weights(Path(folder)), assign=True)
-        except RuntimeError as error:
-            raise GazeError(f"{folder}: the weights do not fit config.json: {error}") from error
+        unet.to_empty(device="cpu")
+        load_strictly(unet, read_weights(folder), folder)
         return unet
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers `unet/` folder; dtype None keeps that of the parameters."""
-        from diffusion.pretrained import write_part
+        from .pretrained import write_part
 
-        write_part(Path(folder), self.config.to_diffusers(), self.state_dict(), dtype=dtype)
+        write_part(folder, self.config.to_diffusers(), self.state_dict(), dtype=dtype)

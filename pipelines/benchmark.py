@@ -113,6 +113,7 @@ def _open_with_diffusers(folder: str, scheduler: str) -> Any:
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     # The pipeline switches clip_sample off itself, but only in the scheduler that it is made with.
     pipe.scheduler = getattr(diffusers, DIFFUSERS_CLASS[scheduler]).from_config(

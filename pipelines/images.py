@@ -124,12 +124,12 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings that `save_png` put inside. Raises GazeError for anything that is not such a PNG."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
-            text = image.info.get(SETTINGS_KEY)
+            text = str(image.info.get(SETTINGS_KEY, ""))
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise GazeError(f"{path} cannot be read as a PNG: {error}", "a picture written by gaze generate") from error
     try:
         settings = json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise GazeError(f"{path} has no gaze settings inside", "a picture written by gaze generate") from error
     if not isinstance(settings, dict):
         raise GazeError(f"the gaze settings inside {path} are not an object", "a picture written by gaze generate")

@@ -52,12 +52,19 @@ def test_idea_is_the_name_without_skin_tones(name, expected):
 def test_captions_are_dropped_when_they_say_no_more_than_the_name():
     assert emoji.captions("dog face", ["dog", "face", "pet"]) == [
         "dog face",
+        "a dog face",
         "dog face, dog, face, pet",
         "dog, face, pet",
     ]
-    assert emoji.captions("dog face", ["dog", "face"]) == ["dog face"]
-    assert emoji.captions("Dog", ["dog"]) == ["Dog"]
-    assert emoji.captions("ninja", []) == ["ninja"]
+    assert emoji.captions("dog face", ["dog", "face"]) == ["dog face", "a dog face"]
+    assert emoji.captions("Dog", ["dog"]) == ["Dog", "a Dog"]
+    assert emoji.captions("ninja", []) == ["ninja", "a ninja"]
+
+
+def test_the_spoken_name():
+    assert emoji.spoken("flag: Japan") == "the flag of Japan"
+    assert emoji.spoken("eagle") == "an eagle"
+    assert emoji.spoken("man: dark skin tone, beard") == "a man with dark skin tone and beard"
 
 
 def test_a_lone_idea_is_seen_as_often_as_the_balance_says():

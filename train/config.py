@@ -104,13 +104,17 @@ class Recipe(Section):
         return self
 
     def identity(self) -> str:
-        """A hash of everything that a checkpoint depends on; where and how often a run writes is left out."""
-        values = self.model_dump(mode="json", exclude=set(_MAY_CHANGE))
-        values["data"] = {key: value for key, value in values["data"].items() if key not in ("folder", "workers")}
+        """A hash of everything that a checkpoint depends on; where and how often a run writes is left out.
+
+        Options at their defaults do not count, so that one added in a later version leaves old runs resumable.
+        """
+        values = self.model_dump(mode="json", exclude=_MAY_CHANGE, exclude_defaults=True)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-_MAY_CHANGE = ("out", "resume", "checkpoint_every", "keep", "log_every", "validation", "compile")
+_MAY_CHANGE: dict[str, Any] = dict.fromkeys(
+    ("out", "resume", "checkpoint_every", "keep", "log_every", "validation", "compile"), True
+) | {"data": {"folder", "workers"}}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, its length given as a half-life in pictures (Karras et al. 2024, EDM2)."""
+"""Exponential moving average of the weights, its length given as a half-life in pictures, as in Karras et al. 2022."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-RAMP = 0.05  # early on the half-life is at most this share of the pictures seen (EDM2's ramp-up)
+RAMP = 0.05  # early on the half-life is at most this share of the pictures seen (ema_rampup_ratio of their code)
 
 
 class EMA:
-    """Holds one averaged copy of each trained parameter of `module`, by name."""
+    """Holds one averaged copy of each trained parameter of `module`, by name.
+
+    half_life: pictures; with 0 the averages equal the weights after every update.
+    """
 
     def __init__(self, module: nn.Module, half_life: int):
         self.parameters = {name: value for name, value in module.named_parameters() if value.requires_grad}
@@ -42,6 +45,7 @@ class EMA:
     def state_dict(self) -> dict[str, Tensor]:
         return self.average
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         for name, value in self.average.items():
             value.copy_(state[name])

@@ -24,6 +24,7 @@ from pipelines.images import grid, to_pil
 
 from . import checkpoint
 from .config import Recipe
+from .data.drawn import draw_folder
 from .data.folder import Batches, Captioned, Sample, check, read_folder
 from .ema import EMA
 from .metrics import Metrics
@@ -58,7 +59,7 @@ def train(recipe: Recipe) -> Path:
     Raises GazeError for bad data or a checkpoint of another recipe, NotFinite when the loss or a gradient is.
     """
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    phase, data, identity = prepare(recipe, accelerator.device, accelerator.is_main_process)
+    phase, data, identity = prepare(recipe, accelerator)
     names = {parameter: name for name, parameter in phase.module.named_parameters()}
     plain = phase.module
     optimizer = make_optimizer(plain, recipe.optimizer)
@@ -128,14 +129,15 @@ def train(recipe: Recipe) -> Path:
     return recipe.out / "model"
 
 
-def prepare(recipe: Recipe, device: torch.device, main: bool = True) -> tuple[Phase, Captioned, str]:
+def prepare(recipe: Recipe, accelerator: Accelerator) -> tuple[Phase, Captioned, str]:
     """The phase with fresh weights, its data, and the identity that a checkpoint must share."""
     torch.manual_seed(recipe.seed)  # initial weights; everything later has randomness of its own
-    folder = recipe.data.folder
+    main, folder = accelerator.is_main_process, recipe.data.folder
     if folder is None:
-        from .data.drawn import draw_folder
-
-        folder = draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed, main)
+        folder = recipe.out / "drawn"
+        if main:
+            draw_folder(folder, recipe.data.drawn, recipe.data.size, recipe.seed)
+        accelerator.wait_for_everyone()
     entries, skipped = check(read_folder(folder), recipe.data.size)
     for item in skipped:
         warnings.warn(f"skipped {item.file}: {item.reason}", stacklevel=2)
@@ -144,11 +146,11 @@ def prepare(recipe: Recipe, device: torch.device, main: bool = True) -> tuple[Ph
     if recipe.phase == "autoencoder":
         from .autoencoder_phase import AutoencoderPhase
 
-        phase: Phase = AutoencoderPhase(recipe, data, device)
+        phase: Phase = AutoencoderPhase(recipe, data, accelerator.device)
     else:
         from .diffusion_phase import DiffusionPhase
 
-        phase = DiffusionPhase(recipe, data, device)
+        phase = DiffusionPhase(recipe, data, accelerator.device)
     if main:
         recipe.out.mkdir(parents=True, exist_ok=True)
         (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -185,7 +187,7 @@ def show(recipe: Recipe, phase: Phase, ema: EMA, metrics: Metrics, seen: int) ->
 
 def export_newest(recipe: Recipe) -> Path:
     """Writes `out/model` from the averaged weights of the newest sound checkpoint, without training on."""
-    phase, _, identity = prepare(recipe, torch.device("cpu"))
+    phase, _, identity = prepare(recipe, Accelerator(cpu=True))
     newest = checkpoint.newest(recipe.out / "checkpoints")
     if newest is None:
         raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")

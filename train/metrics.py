@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 
 class Metrics:
-    """active: True on the one process that writes."""
+    """A context manager. start, total: pictures. active: True on the one process that writes."""
 
     def __init__(self, path: Path, start: int, total: int, active: bool):
         self.path, self.total, self.active = path, total, active
@@ -23,46 +24,54 @@ class Metrics:
         _drop_after(path, start)
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (BarColumn(), TextColumn("{task.completed}/{task.total} pictures {task.fields[note]}"))
+            columns = (BarColumn(), TextColumn("{task.completed}/{task.total} pictures  {task.fields[note]}"))
             self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
             self.task = self.bar.add_task("train", total=total, completed=start, note="")
             self.bar.start()
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar:
+            self.bar.stop()
 
     def advance(self, pictures: int) -> None:
         if self.bar:
             self.bar.update(self.task, completed=pictures)
 
     def log(self, pictures: int, **values: float) -> None:
-        """Writes one line; adds pictures per second since the last one."""
+        """Writes one line and shows it; adds pictures per second if some were seen since the line before."""
         if not self.active:
             return
-        now = time.monotonic()
-        speed = (pictures - self.last_pictures) / max(now - self.last_time, 1e-9)
-        self.last_pictures, self.last_time = pictures, now
-        row = {"pictures": pictures, "pictures_per_second": round(speed, 2)} | values
+        done, now = pictures - self.last_pictures, time.monotonic()
+        if done:
+            values["pictures_per_second"] = done / max(now - self.last_time, 1e-9)
+            self.last_pictures, self.last_time = pictures, now
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        note = " ".join(f"{key} {value:.4g}" for key, value in values.items()) + f" {speed:.1f}/s"
+            file.write(json.dumps({"pictures": pictures} | values) + "\n")
+        note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         if self.bar:
             self.bar.update(self.task, completed=pictures, note=note)
-        else:
-            left = (self.total - pictures) / max(speed, 1e-9)
+        elif done:
+            left = max(self.total - pictures, 0) / values["pictures_per_second"]
             print(f"{pictures}/{self.total} pictures  {note}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.bar:
-            self.bar.stop()
+        else:
+            print(f"{pictures}/{self.total} pictures  {note}", file=sys.stderr, flush=True)
 
 
 def _drop_after(path: Path, pictures: int) -> None:
     """Removes lines past the checkpoint that a run resumes from, and a last line cut short."""
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["pictures"] <= pictures:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    path.write_text("".join(kept))
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(line + "\n" for line in path.read_text().splitlines() if _seen(line) <= pictures))
+    os.replace(aside, path)
+
+
+def _seen(line: str) -> float:
+    """The pictures of a line, infinite if it is broken."""
+    try:
+        return json.loads(line)["pictures"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -47,4 +47,4 @@ def load_optimizer_tensors(
     for flat, value in tensors.items():
         name, key = flat.rsplit(":", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value if value.ndim == 0 else value.to(parameter.device)
+        optimizer.state[parameter][key] = value.to(parameter.device)  # the step count too: fused AdamW asks for it

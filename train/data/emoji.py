@@ -81,13 +81,24 @@ def idea(name: str) -> str:
     return f"{base}: {', '.join(kept)}" if kept else base
 
 
+def spoken(name: str) -> str:
+    """The name as one would say it: "dog" -> "a dog", "flag: Japan" -> "the flag of Japan",
+    "man: dark skin tone, beard" -> "a man with dark skin tone and beard"."""
+    base, _, details = name.partition(": ")
+    if base == "flag":
+        return f"the flag of {details}"
+    article = "an" if base[0] in "aeiou" else "a"
+    return f"{article} {base}" + (f" with {' and '.join(details.split(', '))}" if details else "")
+
+
 def captions(name: str, keywords: list[str]) -> list[str]:
-    """The name; the name and its keywords; the keywords alone. The last two only if a keyword says more."""
+    """The name; the name as spoken; the name and its keywords; the keywords alone, the last two only if a keyword
+    says more than the name."""
     keywords = [word for word in keywords if word.casefold() != name.casefold()]
     said = set(re.findall(r"\w+", name.casefold()))
     if all(said.issuperset(re.findall(r"\w+", word.casefold())) for word in keywords):
-        return [name]
-    return [name, ", ".join([name, *keywords]), ", ".join(keywords)]
+        return [name, spoken(name)]
+    return [name, spoken(name), ", ".join([name, *keywords]), ", ".join(keywords)]
 
 
 def repeats(variants: int, idea_balance: float) -> int:
