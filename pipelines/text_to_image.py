@@ -20,6 +20,7 @@ from torch import Tensor
 from diffusion.condition import Condition
 from diffusion.denoiser import Denoiser
 from diffusion.errors import GazeError
+from diffusion.packed import pack
 from diffusion.pretrained import Model, load_model
 from diffusion.samplers import Sampler, Step, sampler
 
@@ -133,7 +134,9 @@ class TextToImage:
 
         Raises GazeError when the folder is missing, broken or of another kind.
         """
-        return cls(load_model(DEFAULT_MODEL if folder is None else folder))
+        model = load_model(DEFAULT_MODEL if folder is None else folder)
+        pack(model.unet)
+        return cls(model)
 
     def to(self, *args: Any, **kwargs: Any) -> TextToImage:
         """Moves the model to a device, a dtype or both, as torch.nn.Module.to does."""

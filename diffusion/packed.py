@@ -1,0 +1,43 @@
+"""Convolutions on the CPU without laying out their weights anew at every call: the same function up to rounding."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KEPT = 8  # layouts per convolution: input sizes and versions of the weight in turn
+
+
+def pack(module: nn.Module) -> None:
+    """Lets each plain convolution of `module` keep its weight in oneDNN's own layout, chosen by the input's shape.
+
+    A layout is made at the first call of a shape and again when the weight has changed. Calls that need gradients, another
+    dtype or another device run as before, and so does everything where this torch lacks oneDNN.
+    """
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
+        return
+    for convolution in module.modules():
+        if type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros":
+            convolution.forward = partial(_convolve, convolution, {})  # type: ignore[method-assign]
+
+
+def _convolve(convolution: nn.Conv2d, layouts: dict[tuple, Tensor], x_BCHW: Tensor) -> Tensor:
+    c = convolution
+    geometry = (c.padding, c.stride, c.dilation, c.groups)
+    fp32 = x_BCHW.dtype == c.weight.dtype == torch.float32 and x_BCHW.device.type == c.weight.device.type == "cpu"
+    if not fp32 or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return F.conv2d(x_BCHW, c.weight, c.bias, c.stride, c.padding, c.dilation, c.groups)
+    version = 0 if c.weight.is_inference() else c.weight._version  # an inference tensor counts no versions
+    key = (x_BCHW.shape, c.weight.data_ptr(), version)
+    layout = layouts.get(key)
+    if layout is None:
+        if len(layouts) >= KEPT:
+            layouts.clear()
+        # Both operators are those that torch.compile's code for the CPU calls.
+        dense = c.weight.detach().to_mkldnn()
+        layout = torch._C._nn.mkldnn_reorder_conv2d_weight(dense, *geometry, x_BCHW.shape)
+        layouts[key] = layout
+    return torch.ops.mkldnn._convolution_pointwise(x_BCHW, layout, c.bias, *geometry, "none", [], "")
