@@ -92,13 +92,12 @@ def spoken(name: str) -> str:
 
 
 def captions(name: str, keywords: list[str]) -> list[str]:
-    """The name; the name as spoken; the name and its keywords; the keywords alone, the last two only if a keyword
-    says more than the name."""
+    """The name; the name as spoken; the name and its keywords, if a keyword says more than the name."""
     keywords = [word for word in keywords if word.casefold() != name.casefold()]
     said = set(re.findall(r"\w+", name.casefold()))
     if all(said.issuperset(re.findall(r"\w+", word.casefold())) for word in keywords):
         return [name, spoken(name)]
-    return [name, spoken(name), ", ".join([name, *keywords]), ", ".join(keywords)]
+    return [name, spoken(name), ", ".join([name, *keywords])]
 
 
 def repeats(variants: int, idea_balance: float) -> int:
