@@ -39,13 +39,13 @@ class Attention(nn.Module):
 
     attend = staticmethod(F.scaled_dot_product_attention)
 
-    def __init__(self, channels: int, heads: int, source_channels: int | None = None) -> None:
+    def __init__(self, channels: int, heads: int, source_channels: int | None = None, bias: bool = False) -> None:
         super().__init__()
         source_channels = channels if source_channels is None else source_channels
         self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(source_channels, channels, bias=False)
-        self.to_v = nn.Linear(source_channels, channels, bias=False)
+        self.to_q = nn.Linear(channels, channels, bias)
+        self.to_k = nn.Linear(source_channels, channels, bias)
+        self.to_v = nn.Linear(source_channels, channels, bias)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # a list because diffusers' name is to_out.0
 
     def split(self, x_BNC: Tensor) -> Tensor:

@@ -1,56 +1,206 @@
-"""Pictures <-> latents, over diffusers' AutoencoderKL (Kingma & Welling 2013; Rombach et al. 2021, section 3.1)."""
+"""Pictures <-> latents (Kingma & Welling 2013; Rombach et al. 2022, section 3.1), with diffusers' parameter names."""
 
-# Shapes: B batch, C channels, H W height and width in pixels; latents are C x H/factor x W/factor.
+# Shapes: B batch, C channels, H W height and width in pixels; latents are C x H/factor x W/factor. N pixels of a map.
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from .attention import Attention
+from .config import Config
 from .pretrained import load_strictly, read_json, read_weights, write_part
+from .unet import Level, Resample, ResidualBlock
+
+EPS = 1e-6  # of every group norm; the U-Net's residual blocks have 1e-5
+LOG_VARIANCES = (-30.0, 20.0)  # so that neither it nor its exponential leaves the numbers
 
 
-class Autoencoder:
-    """vae: the network; its config's scaling_factor brings the latents to unit variance.
+@dataclass(frozen=True)
+class AutoencoderConfig(Config):
+    """The options of a `vae/config.json` that are read."""
 
-    factor: pixels per latent in each direction.
-    """
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: int | tuple[int, ...] = 32  # pixels it was trained at; it takes any multiple of its factor
+    scaling_factor: float = 0.18215  # brings the latents to unit variance
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
 
-    def __init__(self, vae: AutoencoderKL):
-        self.vae = vae
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.latent_channels: int = vae.config.latent_channels
+    NAME: ClassVar[str] = "autoencoder config"
+    KIND: ClassVar[tuple[str, str]] = ("_class_name", "AutoencoderKL")
+    FIXED: ClassVar[dict[str, Any]] = {
+        "act_fn": "silu",
+        # Of later models, whose latents have a mean:
+        "shift_factor": None,
+        "latents_mean": None,
+        "latents_std": None,
+    }
+    IGNORED: ClassVar[dict[str, str]] = {"force_upcast": "the caller chooses the dtype; weights are read as float32"}
+
+    def __post_init__(self) -> None:
+        levels, groups = len(self.block_out_channels), self.norm_num_groups
+        sizes = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
+        self.check_positive(*sizes, "scaling_factor")
+        for option, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            right = getattr(self, option) == (kind,) * levels
+            self.check(right, option, f"{kind} is needed for each of {levels} levels")
+        divides = all(channels % groups == 0 for channels in self.block_out_channels)
+        self.check(divides, "block_out_channels", f"norm_num_groups, {groups}, must divide each")
+
+
+class PixelAttention(Attention):
+    """Self-attention of one head over the pixels of a feature map, as a residual."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, EPS)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:  # type: ignore[override]
+        x_BNC = self.group_norm(x_BCHW).flatten(2).transpose(1, 2)
+        out_BNC = super().forward(x_BNC, self.keys_values(x_BNC))
+        return x_BCHW + out_BNC.transpose(1, 2).unflatten(2, x_BCHW.shape[2:])
+
+
+def level(config: AutoencoderConfig, in_channels: int, channels: int, layers: int) -> Level:
+    groups = config.norm_num_groups
+    inputs = [in_channels] + [channels] * (layers - 1)
+    return Level([ResidualBlock(c, channels, groups, eps=EPS) for c in inputs], [])
+
+
+def middle(config: AutoencoderConfig) -> Level:
+    channels = config.block_out_channels[-1]
+    block = level(config, channels, channels, layers=2)
+    if config.mid_block_add_attention:
+        block.attentions.append(PixelAttention(channels, config.norm_num_groups))
+    return block
+
+
+def run(block: Level, x_BCHW: Tensor) -> Tensor:
+    for resnet, attention in block.layers():
+        x_BCHW = resnet(x_BCHW)
+        x_BCHW = x_BCHW if attention is None else attention(x_BCHW)
+    return x_BCHW
+
+
+class Encoder(nn.Module):
+    """Pixels -> mean and log-variance of the latents, one after the other along C."""
+
+    down_blocks: Any  # ModuleList of Level
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        pairs = zip((channels[0], *channels), channels, strict=False)
+        self.down_blocks = nn.ModuleList(level(config, above, here, config.layers_per_block) for above, here in pairs)
+        for block, width in zip(self.down_blocks[:-1], channels, strict=False):
+            block.downsamplers.append(Resample(width, stride=2, padding=0))
+        self.mid_block = middle(config)
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = run(block, x)
+            for downsample in block.downsamplers:
+                x = downsample(F.pad(x, (0, 1, 0, 1)))
+        return self.conv_out(F.silu(self.conv_norm_out(run(self.mid_block, x))))
+
+
+class Decoder(nn.Module):
+    """Latents -> pixels."""
+
+    up_blocks: Any  # ModuleList of Level
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        channels = config.block_out_channels[::-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[0], 3, padding=1)
+        self.mid_block = middle(config)
+        pairs = zip((channels[0], *channels), channels, strict=False)
+        self.up_blocks = nn.ModuleList(level(config, below, here, config.layers_per_block + 1) for below, here in pairs)
+        for block, width in zip(self.up_blocks[:-1], channels, strict=False):
+            block.upsamplers.append(Resample(width, stride=1))
+        self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, channels[-1], EPS)
+        self.conv_out = nn.Conv2d(channels[-1], config.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = run(self.mid_block, self.conv_in(x))
+        for block in self.up_blocks:
+            x = run(block, x)
+            for upsample in block.upsamplers:
+                x = upsample(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Autoencoder(nn.Module):
+    """factor: pixels per latent in each direction. latent_channels: C of the latents."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.latent_channels = config.latent_channels
+        both, one = 2 * config.latent_channels, config.latent_channels
+        self.encoder = Encoder(config)
+        self.quant_conv = nn.Conv2d(both, both, 1) if config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(one, one, 1) if config.use_post_quant_conv else nn.Identity()
+        self.decoder = Decoder(config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Autoencoder:
-        return cls(AutoencoderKL.from_config(config))
+        """Fresh weights. GazeError: an option that is unknown or has an unsupported value."""
+        return cls(AutoencoderConfig.from_diffusers(config))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Autoencoder:
-        """Reads a diffusers `vae/` folder; GazeError when it is missing or broken."""
-        autoencoder = cls.from_config(read_json(Path(folder) / "config.json"))
+        """Open a `vae/` folder, for use. GazeError: missing or broken files, an unsupported config, other weights."""
+        config = AutoencoderConfig.from_diffusers(read_json(Path(folder) / "config.json"))
         state = {_current_name(name): value for name, value in read_weights(folder).items()}
-        load_strictly(autoencoder.vae, state, folder)
-        autoencoder.vae.eval().requires_grad_(False)
-        return autoencoder
+        return load_strictly(partial(cls, config), state, folder).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        config = {key: value for key, value in self.vae.config.items() if key != "_name_or_path"}
-        write_part(folder, config, self.vae.state_dict(), dtype)
+        """Write a `vae/` folder; dtype None keeps that of the parameters."""
+        write_part(folder, self.config.to_diffusers(), self.state_dict(), dtype)
+
+    def posterior(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] -> mean and log-variance of the latents before scaling, each BCHW."""
+        mean_BCHW, log_variance_BCHW = self.quant_conv(self.encoder(pixels_BCHW)).chunk(2, dim=1)
+        return mean_BCHW, log_variance_BCHW.clamp(*LOG_VARIANCES)
+
+    def reconstruct(self, latents_BCHW: Tensor) -> Tensor:
+        """Latents before scaling -> pixels in about [-1, 1], not clamped."""
+        return self.decoder(self.post_quant_conv(latents_BCHW))
+
+    def scale_to(self, latents_BCHW: Tensor) -> None:
+        """Sets the scaling factor under which these latents, given before scaling, have unit variance."""
+        self.config = dataclasses.replace(self.config, scaling_factor=float(1 / latents_BCHW.std()))
 
     def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels in [-1, 1] -> mean and standard deviation of the scaled latents, each BCHW."""
-        posterior = self.vae.encode(pixels_BCHW).latent_dist
-        scale = self.vae.config.scaling_factor
-        return posterior.mean * scale, posterior.std * scale
+        mean_BCHW, log_variance_BCHW = self.posterior(pixels_BCHW)
+        scale = self.config.scaling_factor
+        return mean_BCHW * scale, (0.5 * log_variance_BCHW).exp() * scale
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Scaled latents -> pixels in about [-1, 1], not clamped."""
-        return self.vae.decode(latents_BCHW / self.vae.config.scaling_factor).sample
+        return self.reconstruct(latents_BCHW / self.config.scaling_factor)
 
 
 def _current_name(name: str) -> str:

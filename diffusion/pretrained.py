@@ -10,10 +10,12 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -45,7 +47,9 @@ PARTS = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+MARKS = ("model_index.json", "vae")  # a folder with one of them holds a model, or its first part
 STEM = "diffusion_pytorch_model"
+M = TypeVar("M", bound=torch.nn.Module)
 
 
 @dataclass
@@ -77,7 +81,8 @@ def load_model(folder: str | Path) -> Model:
         raise GazeError(f"model folder {str(folder)!r} does not exist", "check the path, or leave --model out")
     index = read_json(folder / "model_index.json")
     for part in PARTS:
-        if not index.get(part) or not (folder / part).is_dir():
+        entry = index.get(part)
+        if not isinstance(entry, list) or not entry or None in entry or not (folder / part).is_dir():
             raise GazeError(
                 f"{folder} has no {part!r}, which a text-to-image model needs",
                 "save the whole pipeline with save_pretrained",
@@ -87,11 +92,11 @@ def load_model(folder: str | Path) -> Model:
             f"{folder} is a {index.get('_class_name')} with two text encoders, which the pipeline does not run yet",
             "a model of Stable Diffusion 1.x or 2.x structure",
         )
-    scheduler_class = index["scheduler"][1]
+    scheduler_class = str(index["scheduler"][-1])
     if scheduler_class not in SAMPLER_OF_CLASS:
         raise GazeError(f"{folder}/scheduler is a {scheduler_class}", nearest(scheduler_class, SAMPLER_OF_CLASS))
     defaults = folder / "generation_config.json"
-    return Model(
+    model = Model(
         unet=UNet.from_pretrained(folder / "unet").eval(),
         autoencoder=Autoencoder.from_pretrained(folder / "vae"),
         text=TextEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer"),
@@ -99,39 +104,65 @@ def load_model(folder: str | Path) -> Model:
         scheduler=SAMPLER_OF_CLASS[scheduler_class],
         defaults=read_json(defaults) if defaults.is_file() else {},
     )
+    check_fit(model, folder)
+    return model
+
+
+def check_fit(model: Model, folder: Path) -> None:
+    """Raises GazeError when the parts of a model cannot work together."""
+    config = model.unet.config
+    for option, wanted, source in (
+        ("in_channels", model.autoencoder.latent_channels, "the channels of vae/"),
+        ("out_channels", model.autoencoder.latent_channels, "the channels of vae/"),
+        ("cross_attention_dim", model.text.width, "the width of text_encoder/"),
+    ):
+        if getattr(config, option) != wanted:
+            raise GazeError(
+                f"{folder}/unet has {option} {getattr(config, option)}, but {source} is {wanted}",
+                "a text-to-image model (inpainting and upscaling models take other inputs)",
+            )
 
 
 def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the model as a StableDiffusionPipeline folder that diffusers opens. Replaces `folder` in one rename."""
-    import diffusers
+    """Writes the model as a StableDiffusionPipeline folder that diffusers opens, in the place of one that is there.
 
-    folder = Path(folder)
-    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    aside.mkdir(parents=True)
+    Raises GazeError when `folder` holds something else.
+    """
     absent = [None, None]
-    write_json(
-        aside / "model_index.json",
-        {"_class_name": "StableDiffusionPipeline", "_diffusers_version": diffusers.__version__}
-        | {"feature_extractor": absent, "image_encoder": absent, "safety_checker": absent}
-        | {"requires_safety_checker": False}
-        | PARTS
-        | {"scheduler": ["diffusers", model.schedule.config["_class_name"]]},
-    )
-    write_json(aside / "scheduler" / "scheduler_config.json", model.schedule.config)
-    write_json(aside / "generation_config.json", model.defaults)
-    model.unet.save_pretrained(aside / "unet", dtype)
-    model.autoencoder.save_pretrained(aside / "vae", dtype)
-    model.text.save_pretrained(aside / "text_encoder", aside / "tokenizer", dtype)
-    replace_folder(aside, folder)
+    with replacing(folder) as aside:
+        write_json(
+            aside / "model_index.json",
+            {"_class_name": "StableDiffusionPipeline", "_diffusers_version": version("diffusers")}
+            | {"feature_extractor": absent, "image_encoder": absent, "safety_checker": absent}
+            | {"requires_safety_checker": False}
+            | PARTS
+            | {"scheduler": ["diffusers", model.schedule.config["_class_name"]]},
+        )
+        write_json(aside / "scheduler" / "scheduler_config.json", model.schedule.config)
+        write_json(aside / "generation_config.json", model.defaults)
+        model.unet.save_pretrained(aside / "unet", dtype)
+        model.autoencoder.save_pretrained(aside / "vae", dtype)
+        model.text.save_pretrained(aside / "text_encoder", aside / "tokenizer", dtype)
 
 
-def replace_folder(new: Path, old: Path) -> None:
-    """Puts folder `new` in the place of `old`, which is removed only once `new` stands."""
-    gone = old.with_name(f".{old.name}-old-{uuid.uuid4().hex[:8]}")
-    if old.exists():
-        os.rename(old, gone)
-    os.rename(new, old)
-    shutil.rmtree(gone, ignore_errors=True)
+@contextmanager
+def replacing(folder: str | Path) -> Iterator[Path]:
+    """Gives a new folder to write into; after the block it stands in the place of `folder`, after an error nothing
+    has changed. Raises GazeError when `folder` has content that is no model: it would be lost."""
+    folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in MARKS):
+        raise GazeError(f"{folder} holds something that is not a model; it is not overwritten", "another folder")
+    aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    gone = folder.with_name(f"{aside.name}-old")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        if folder.exists():
+            os.rename(folder, gone)
+        os.rename(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -140,7 +171,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise GazeError(f"{path} is missing", "a folder written by diffusers' save_pretrained has it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise GazeError(f"{path} cannot be read as JSON: {error}", "copy the file again") from None
     if not isinstance(value, dict):
         raise GazeError(f"{path} holds {type(value).__name__}, not a JSON object", "copy the file again")
@@ -164,7 +195,8 @@ def read_weights(folder: str | Path, stem: str = STEM) -> dict[str, Tensor]:
             tensors |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise GazeError(f"{path} cannot be read: {error}", "copy the file again; it may be cut short") from None
-    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+    # Copies, because what safetensors gives is the file itself, mapped into memory.
+    return {name: value.to(torch.float32, copy=True) for name, value in tensors.items()}
 
 
 def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
@@ -175,9 +207,10 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
             return [single]
         index = folder / f"{stem}.safetensors.index{variant}.json"
         if index.is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-            if any(Path(name).name != name for name in names):
-                raise GazeError(f"{index} points outside its folder", "use a copy from a source you trust")
+            shards = read_json(index).get("weight_map")
+            names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
+            if not names or any(Path(name).name != name for name in names):
+                raise GazeError(f"{index} names no files of its folder", "use a copy from a source you trust")
             return [folder / name for name in names]
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if pickled:
@@ -199,11 +232,18 @@ def write_part(
     folder = Path(folder)
     write_json(folder / "config.json", config)
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
-    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    weights = folder / f"{stem}.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", weights)  # safetensors makes files that only their owner can read
 
 
-def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Loads a state dict whose names and shapes must be exactly the module's; else a GazeError with the first misfits."""
+def load_strictly(make: Callable[[], M], state: Mapping[str, Tensor], source: str | Path) -> M:
+    """The module that `make` makes, with these weights, whose names and shapes must be exactly the module's.
+
+    GazeError: with the first that are not. source: where they come from, for the message.
+    """
+    with torch.device("meta"):  # random weights would be thrown away
+        module = make()
     own = module.state_dict()
     wrong = [f"missing {name}" for name in own if name not in state]
     wrong += [f"unknown {name}" for name in state if name not in own]
@@ -217,4 +257,5 @@ def load_strictly(module: torch.nn.Module, state: Mapping[str, Tensor], source: 
         raise GazeError(
             f"the weights in {source} do not fit its config.json: {shown}", "use the config saved with the weights"
         )
-    module.load_state_dict(state, strict=True)
+    module.load_state_dict(state, strict=True, assign=True)
+    return module

@@ -6,10 +6,9 @@ vector, L heads, D width of a head.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import KeysValues, SpatialTransformer, TransformerBlock, same_rows
-from .errors import GazeError, nearest
+from .config import Config
+from .errors import GazeError
 
 PerLevel = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class UNetConfig:
+class UNetConfig(Config):
     """The options of diffusers' `unet/config.json` that are read; `FIXED` and `IGNORED` are the others."""
 
     sample_size: int | tuple[int, int] | None = None  # latent size the model was trained at; the U-Net takes any
@@ -45,6 +45,8 @@ class UNetConfig:
     addition_time_embed_dim: int | None = None  # width of each embedded size number inside that vector
     projection_class_embeddings_input_dim: int | None = None  # V, width of that vector
 
+    NAME: ClassVar[str] = "U-Net config"
+    KIND: ClassVar[tuple[str, str]] = ("_class_name", "UNet2DConditionModel")
     FIXED: ClassVar[dict[str, Any]] = {
         "center_input_sample": False,
         "flip_sin_to_cos": True,
@@ -106,33 +108,10 @@ class UNetConfig:
         width_known = self.addition_embed_type is None or self.projection_class_embeddings_input_dim is not None
         self.check(width_known, "projection_class_embeddings_input_dim", "text_time needs the width of its vector")
 
-    def check(self, good: bool, option: str, rule: str) -> None:
-        if not good:
-            raise GazeError(f"U-Net config: {option} is {getattr(self, option)!r}, but {rule}")
-
     def per_level(self, option: str) -> tuple[int, ...]:
         """The option's value for each level of the way down, where one number stands for all levels."""
         value = getattr(self, option)
         return (value,) * len(self.block_out_channels) if isinstance(value, int) else value
-
-    @classmethod
-    def from_diffusers(cls, config: dict[str, Any]) -> UNetConfig:
-        """Read the content of `unet/config.json`. GazeError: an option that is unknown or has an unsupported value."""
-        if config.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-            raise GazeError(f"U-Net config: this is a {config['_class_name']}, not a UNet2DConditionModel")
-        read = {field.name for field in dataclasses.fields(cls)}
-        options = {key: value for key, value in config.items() if not key.startswith("_")}  # _: notes by diffusers
-        for key, value in options.items():
-            if key not in read | cls.FIXED.keys() | cls.IGNORED.keys():
-                raise GazeError(f"U-Net config: unknown option {key} = {value!r}", nearest(key, read))
-            if key in cls.FIXED and value != cls.FIXED[key]:
-                raise GazeError(f"U-Net config: {key} = {value!r} is not supported, only {cls.FIXED[key]!r} is")
-        options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
-        return cls(**{key: value for key, value in options.items() if key in read})
-
-    def to_diffusers(self) -> dict[str, Any]:
-        """The content of a `unet/config.json` that diffusers and `from_diffusers` read."""
-        return {"_class_name": "UNet2DConditionModel", **self.FIXED, **dataclasses.asdict(self)}
 
 
 def sinusoid(timestep_B: Tensor, width: int) -> Tensor:
@@ -154,37 +133,42 @@ class Embedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions; the time shifts what lies between them (Ho et al. 2020, appendix B)."""
+    """Two convolutions; the time, where there is one, shifts what lies between them (Ho et al. 2020, appendix B)."""
 
-    def __init__(self, in_channels: int, channels: int, time_width: int, groups: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, groups: int, time_width: int | None = None, eps: float = 1e-5
+    ) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels)
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.time_emb_proj = nn.Linear(time_width, channels)
-        self.norm2 = nn.GroupNorm(groups, channels)
+        if time_width is not None:
+            self.time_emb_proj = nn.Linear(time_width, channels)
+        self.norm2 = nn.GroupNorm(groups, channels, eps)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
-    def forward(self, x_BCHW: Tensor, shift_BC: Tensor) -> Tensor:
-        hidden_BCHW = self.conv1(F.silu(self.norm1(x_BCHW))) + shift_BC[:, :, None, None]
+    def forward(self, x_BCHW: Tensor, shift_BC: Tensor | None = None) -> Tensor:
+        hidden_BCHW = self.conv1(F.silu(self.norm1(x_BCHW)))
+        if shift_BC is not None:
+            hidden_BCHW = hidden_BCHW + shift_BC[:, :, None, None]
         return self.conv_shortcut(x_BCHW) + self.conv2(F.silu(self.norm2(hidden_BCHW)))
 
 
 class Resample(nn.Module):
     """The convolution between two levels: with stride 2 on the way down, after repeating pixels on the way up."""
 
-    def __init__(self, channels: int, stride: int) -> None:
+    def __init__(self, channels: int, stride: int, padding: int = 1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=padding)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.conv(x_BCHW)
 
 
 class Level(nn.Module):
-    """The layers of one resolution: residual blocks, each followed by a transformer as far as there are any."""
+    """The layers of one resolution: residual blocks, each followed by an attention as far as there are any."""
 
-    def __init__(self, resnets: list[ResidualBlock], attentions: list[SpatialTransformer]) -> None:
+    def __init__(self, resnets: Iterable[nn.Module], attentions: Iterable[nn.Module]) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
         self.attentions = nn.ModuleList(attentions)
@@ -224,7 +208,7 @@ class UNet(nn.Module):
                 groups=config.norm_num_groups,
                 linear=config.use_linear_projection,
             )
-            resnets = [ResidualBlock(c, channels[i], time_width, config.norm_num_groups) for c in in_channels]
+            resnets = [ResidualBlock(c, channels[i], config.norm_num_groups, time_width) for c in in_channels]
             return Level(resnets, [transformer() for _ in range(attentions)])
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
@@ -335,11 +319,7 @@ class UNet(nn.Module):
         from .pretrained import load_strictly, read_json, read_weights
 
         config = UNetConfig.from_diffusers(read_json(Path(folder) / "config.json"))
-        with torch.device("meta"):  # random weights would be thrown away
-            unet = cls(config)
-        unet.to_empty(device="cpu")
-        load_strictly(unet, read_weights(folder), folder)
-        return unet
+        return load_strictly(partial(cls, config), read_weights(folder), folder)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers `unet/` folder; dtype None keeps that of the parameters."""

@@ -3,6 +3,7 @@
 Each command imports what it needs when it runs: torch takes seconds to import, and a help page should not.
 """
 
+import gc
 import json
 import os
 import re
@@ -119,10 +120,11 @@ def generate(
     # A sheet alone is enough; single files are written beside it when -o says where.
     paths = plan_paths(out, texts, seeds) if sheet_path is None or out is not None else None
 
-    from pipelines import TextToImage
-    from pipelines.images import grid, save_png
+    with _no_collection():
+        from pipelines import TextToImage
+        from pipelines.images import grid, save_png
 
-    pipe = TextToImage.from_pretrained(model)
+        pipe = TextToImage.from_pretrained(model)
     pictures: list[dict[str, Any]] = []
     images: list[Any] = []
     with _progress() as advance:
@@ -160,6 +162,18 @@ def generate(
     if sheet_path is not None:
         seconds = sum(picture["seconds"] for picture in pictures)
         print(f"{sheet_path}  seeds {seeds[0]} to {seeds[-1]}  {seconds:.2f} s")
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """For imports: they make a million objects that stay, and the collector would look through all of them for garbage
+    again and again, also at the end of the process."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def _without_file(picture: dict[str, Any]) -> dict[str, Any]:

@@ -140,7 +140,7 @@ class TextToImage:
 
     def to(self, *args: Any, **kwargs: Any) -> TextToImage:
         """Moves the model to a device, a dtype or both, as torch.nn.Module.to does."""
-        for module in (self.model.unet, self.model.autoencoder.vae, self.model.text.model):
+        for module in (self.model.unet, self.model.autoencoder, self.model.text.model):
             module.to(*args, **kwargs)
         return self
 
@@ -167,7 +167,8 @@ class TextToImage:
     @torch.inference_mode()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Scaled latents -> pixels in about [-1, 1], BCHW."""
-        return self.model.autoencoder.decode(latents_BCHW.to(self.model.autoencoder.vae.dtype))
+        autoencoder = self.model.autoencoder
+        return autoencoder.decode(latents_BCHW.to(next(autoencoder.parameters()).dtype))
 
     @torch.inference_mode()
     def _run(self, plan: Plan) -> Iterator[Preview]:

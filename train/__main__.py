@@ -1,12 +1,16 @@
-"""`python -m train CONFIG [key.path=value ...]`, `accelerate launch -m train CONFIG ...`, `python -m train data emoji OUT`."""
+"""The command: `python -m train CONFIG [key.path=value ...]`, the same under `accelerate launch`, and its helpers."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import warnings
 from pathlib import Path
 
 from diffusion.errors import GazeError, nearest
+
+from .launch import start_the_others
 
 USAGE = """\
 python -m train CONFIG [key.path=value ...]          train on one process; resumes by itself
@@ -15,17 +19,22 @@ python -m train export RUN                           write RUN/model from RUN's 
 python -m train data emoji OUT [--size 64]           build the emoji data
 
 CONFIG is a recipe in YAML (see configs/); its keys and their meanings stand in train/config.py.
+--resume, --resume=never are short for resume=auto, resume=never; --debug shows the traceback of an error.
 Example: python -m train configs/smoke.yaml out=runs/smoke optimizer.learning_rate=3e-4"""
+
+RANK = int(os.environ.get("RANK", "0"))  # of several processes, the first speaks for all
 
 
 def main() -> int:
-    """Exit codes: 0 done, 1 bad input, 70 loss or gradient not finite, 130 stopped by a signal after a checkpoint."""
+    """Exit codes: 0 done, 1 bad input, 70 gradient not finite, 74 checkpoint not written, 130 stopped by a signal."""
     words = sys.argv[1:]
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help"):
+    if not words or {"-h", "--help"} & set(words[:1]):
         print(USAGE)
         return 0
+    if not debug:
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         if words[0] == "data":
             return data(words[1:])
@@ -35,25 +44,29 @@ def main() -> int:
     except GazeError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        return 70 if type(error).__name__ == "NotFinite" else 1
+        print(f"error: {error}" if RANK == 0 else f"error in process {RANK}: {error}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+    except KeyboardInterrupt:
+        return 130
 
 
 def run(words: list[str]) -> int:
     from .config import load_recipe
 
+    flags = {"--resume": "resume=auto", "--resume=auto": "resume=auto", "--resume=never": "resume=never"}
     config, *overrides = words
-    if overrides[:1] == ["--resume"]:
-        overrides = [f"resume={overrides[1]}", *overrides[2:]] if len(overrides) > 1 else ["resume=auto"]
-    recipe = load_recipe(config, overrides)
+    recipe = load_recipe(config, [flags.get(word, word) for word in overrides])
+    start_the_others(words)
     from .loop import Stopped, train
 
     try:
         folder = train(recipe)
     except Stopped as stopped:
-        print(f"stopped after {stopped} pictures; the same command goes on from there", file=sys.stderr)
+        if RANK == 0:
+            print(f"stopped after {stopped} pictures; the same command goes on from there", file=sys.stderr)
         return 130
-    print(folder)
+    if RANK == 0:
+        print(folder)
     return 0
 
 

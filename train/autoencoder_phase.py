@@ -1,4 +1,4 @@
-"""First phase: the autoencoder, trained on pictures alone. Export: a diffusers `vae/` folder in DIR/model/vae."""
+"""First phase: the autoencoder, trained on pictures alone. Export: a model folder with only diffusers' `vae/` in it."""
 
 # Shapes: B batch, C channels, H W height and width.
 
@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from diffusion.autoencoder import Autoencoder
 from diffusion.errors import GazeError
+from diffusion.pretrained import replacing
 
 from .config import Recipe
-from .data.folder import Captioned, Sample, decode, randomness
+from .data.folder import Captioned, Sample, decode, normal, stack
 
-SHOWN = 16  # pictures in a grid
+SHOWN = 8  # pictures in a grid, which has as many columns
 
 
 class _Reconstruct(nn.Module):
@@ -23,16 +24,17 @@ class _Reconstruct(nn.Module):
 
     def __init__(self, autoencoder: Autoencoder):
         super().__init__()
-        self.vae = autoencoder.vae
+        self.vae = autoencoder
 
     def forward(self, pixels_BCHW: Tensor, noise_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        posterior = self.vae.encode(pixels_BCHW).latent_dist
-        latents = posterior.mean + posterior.std * noise_BCHW
-        return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
+        mean, log_variance = self.vae.posterior(pixels_BCHW)
+        latents = mean + (0.5 * log_variance).exp() * noise_BCHW
+        return self.vae.reconstruct(latents), mean, log_variance
 
 
 class AutoencoderPhase:
-    """Squared error plus absolute error of the pixels plus kl_weight x KL divergence to a unit normal (Kingma & Welling 2013)."""
+    """Per pixel: squared error + half the absolute error; per latent value: kl_weight x KL divergence to a unit normal
+    (Kingma & Welling 2013, appendix B)."""
 
     def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
         self.recipe, self.data, self.device = recipe, data, device
@@ -49,21 +51,16 @@ class AutoencoderPhase:
 
     def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
         """The loss of each sample, B."""
-        pixels = torch.stack([sample.pixels_CHW for sample in samples]).to(self.device)
-        noise = torch.stack([
-            torch.from_numpy(
-                randomness(self.recipe.seed, sample.position, "noise").standard_normal(self.latent_shape, "float32")
-            )
-            for sample in samples
-        ]).to(self.device)
-        again, mean, logvar = (value.float() for value in module(pixels, noise))
+        pixels = stack(samples).to(self.device)
+        noise = normal(self.recipe.seed, samples, "noise", self.latent_shape).to(self.device)
+        again, mean, log_variance = (value.float() for value in module(pixels, noise))
         error = (again - pixels).square().mean((1, 2, 3)) + 0.5 * (again - pixels).abs().mean((1, 2, 3))
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean((1, 2, 3))
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((1, 2, 3))
         return error + self.recipe.objective.kl_weight * kl
 
     @torch.no_grad()
     def grid(self) -> Tensor:
-        """Pictures above their reconstructions, BCHW, for a grid of SHOWN columns."""
+        """Pictures above their reconstructions, BCHW."""
         pixels = self._pictures(SHOWN)
         return torch.cat([pixels, self._reconstruct(pixels)]).cpu()
 
@@ -78,11 +75,14 @@ class AutoencoderPhase:
 
     @torch.no_grad()
     def export(self, folder: Path) -> None:
-        """Sets scaling_factor so that the latents of the data have unit variance, then writes DIR/model/vae."""
+        """Sets scaling_factor so that the latents of the data have unit variance, then writes folder/vae."""
         pixels = self._pictures(512)
-        latents = torch.cat([self.autoencoder.vae.encode(part).latent_dist.mean for part in pixels.split(32)])
-        self.autoencoder.vae.register_to_config(scaling_factor=float(1 / latents.std()))
-        self.autoencoder.save_pretrained(folder / "vae")
+        self.autoencoder.scale_to(torch.cat([self.autoencoder.posterior(part)[0] for part in pixels.split(32)]))
+        with replacing(folder) as aside:
+            self.autoencoder.save_pretrained(aside / "vae")
+
+    def fingerprint(self) -> str:
+        return ""
 
     def _pictures(self, count: int) -> Tensor:
         entries = self.data.entries
@@ -90,4 +90,4 @@ class AutoencoderPhase:
         return torch.stack([decode(entries[i].file, self.recipe.data.size) for i in chosen]).to(self.device)
 
     def _reconstruct(self, pixels_BCHW: Tensor) -> Tensor:
-        return self.autoencoder.vae.decode(self.autoencoder.vae.encode(pixels_BCHW).latent_dist.mean).sample
+        return self.autoencoder.reconstruct(self.autoencoder.posterior(pixels_BCHW)[0])

@@ -116,7 +116,7 @@ def load(path: Path, identity: str) -> tuple[dict[str, dict[str, Tensor]], dict[
     state = json.loads((path / STATE).read_text())
     if state["identity"] != identity:
         raise GazeError(
-            f"checkpoint {path} was written by another recipe or other data",
+            f"checkpoint {path} was written by another recipe, other data, another tokenizer or another autoencoder",
             f"another out=DIR, or {path.parent.parent / 'recipe.yaml'}, the recipe that it was written by",
         )
     return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state

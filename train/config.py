@@ -16,10 +16,11 @@ from diffusion.errors import GazeError, nearest
 Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
@@ -39,6 +40,12 @@ class Text(Section):
     width: Positive = 192
     layers: Positive = 3
     heads: Positive = 4
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Text:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads")
+        return self
 
 
 class Model(Section):
@@ -63,7 +70,7 @@ class Objective(Section):
 class Optimizer(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    betas: tuple[Share, Share] = (0.9, 0.99)
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
     warmup: NotNegative = 0  # pictures
     decay: Literal["constant", "cosine"] = "cosine"  # to zero at the last picture
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
@@ -72,7 +79,7 @@ class Optimizer(Section):
 class Validation(Section):
     every: NotNegative = 0  # pictures between sample grids; 0 = none
     prompts: tuple[str, ...] = ()
-    seed: int = 0
+    seed: NotNegative = 0
 
 
 class Recipe(Section):
@@ -83,7 +90,7 @@ class Recipe(Section):
     pictures: Positive  # how many are seen in the whole run
     batch_size: Positive = 64  # pictures per optimizer step, over all processes and accumulation steps
     gradient_accumulation_steps: Positive = 1
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16"] = "no"
     compile: bool = False
     ema_half_life: NotNegative = 10_000  # pictures; 0 = no averaging
     checkpoint_every: Positive = 20_000  # pictures
@@ -127,7 +134,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise GazeError(f"recipe {str(path)!r} cannot be read: {error.strerror}", "one of configs/") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # PyYAML has its own errors for syntax, but any for a value such as 2001-99-99
         raise GazeError(f"recipe {path} is not YAML: {error}", "check the line that the message names") from None
     if not isinstance(values, dict):
         raise GazeError(f"recipe {path} holds no keys", "start from a recipe in configs/")
@@ -150,7 +157,7 @@ def _override(values: dict[str, Any], text: str) -> None:
             raise GazeError(f"{text!r}: {parent!r} holds a value, not a section", "python -m train --help")
     try:
         values[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except Exception as error:
         raise GazeError(f"{text!r}: the value is not YAML: {error}", "put it in quotes") from None
 
 

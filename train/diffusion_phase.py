@@ -4,24 +4,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusion.autoencoder import Autoencoder
+from diffusion.clip import CLIPText, CLIPTextConfig
 from diffusion.errors import GazeError
 from diffusion.noise import NoiseSchedule
 from diffusion.objective import denoising_loss, log_normal, min_snr_weight, uniform_timesteps, uniform_weight
 from diffusion.pretrained import SAMPLER_OF_CLASS, Model, save_model
 from diffusion.text import TextEncoder
 from diffusion.unet import UNet, UNetConfig
-from pipelines.text_to_image import DEFAULT_MODEL, TextToImage
+from pipelines.text_to_image import DEFAULT_MODEL, Request, TextToImage
 
 from .config import Recipe
-from .data.folder import Captioned, Sample, decode, randomness
+from .data.folder import Captioned, Sample, decode, normal, randomness, stack
+from .tokenizer import fingerprint as tokenizer_fingerprint
 from .tokenizer import learn_tokenizer
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
@@ -34,10 +35,9 @@ class _Predict(nn.Module):
     def __init__(self, unet: UNet, text: TextEncoder):
         super().__init__()
         self.unet, self.text_model = unet, text.model
-        self.encode_tokens = text.encode_tokens
 
     def forward(self, x_BCHW: Tensor, timestep_B: Tensor, tokens_BS: Tensor) -> Tensor:
-        return self.unet(x_BCHW, timestep_B, self.encode_tokens(tokens_BS))
+        return self.unet(x_BCHW, timestep_B, self.text_model(tokens_BS))
 
 
 class DiffusionPhase:
@@ -49,15 +49,19 @@ class DiffusionPhase:
         autoencoder = Autoencoder.from_pretrained(vae_folder)
         if recipe.data.size % autoencoder.factor:
             raise GazeError(
-                f"pictures of {recipe.data.size} pixels do not divide by the factor {autoencoder.factor} of {vae_folder}",
+                f"data.size {recipe.data.size} does not divide by {autoencoder.factor}, the factor of {vae_folder}",
                 f"data.size={recipe.data.size // autoencoder.factor * autoencoder.factor}",
             )
-        autoencoder.vae.to(device)
+        autoencoder.to(device)
         text = make_text_encoder(recipe, data)
         side = recipe.data.size // autoencoder.factor
         channels = autoencoder.latent_channels
         sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels}
         sizes["cross_attention_dim"] = recipe.model.text.width
+        for option, value in sizes.items():
+            if recipe.model.unet.get(option, value) != value:
+                own = recipe.model.unet[option]
+                raise GazeError(f"model.unet.{option} is {own}, but the other parts make it {value}", "leave it out")
         unet = UNet(UNetConfig.from_diffusers(sizes | recipe.model.unet)).zero_residuals()
         schedule = NoiseSchedule.from_config(SCHEDULER | recipe.model.scheduler)
         sampler = SAMPLER_OF_CLASS[schedule.config["_class_name"]]
@@ -70,6 +74,8 @@ class DiffusionPhase:
             else log_normal(schedule, objective.log_mean, objective.log_std)
         )
         self.latent_shape = (channels, side, side)
+        # A bad value would else end the run at its first grid.
+        TextToImage(self.model).plan(Request(recipe.validation.prompts or "", seed=recipe.validation.seed))
         self.cache = self._encode_all() if recipe.data.cache_latents else None
 
     def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
@@ -96,25 +102,30 @@ class DiffusionPhase:
     def grid(self) -> Tensor:
         """One picture of each validation prompt."""
         validation = self.recipe.validation
-        return TextToImage(self.model)(list(validation.prompts), seed=validation.seed).pixels_BCHW
+        return TextToImage(self.model)(validation.prompts, seed=validation.seed).pixels_BCHW
 
     def export(self, folder: Path) -> None:
         dtype = torch.float16 if self.recipe.model.save_as == "float16" else torch.float32
         save_model(self.model, folder, dtype)
+
+    def fingerprint(self) -> str:
+        """Of the tokenizer and of the autoencoder: token ids and latents mean nothing under others."""
+        total = hashlib.sha256(tokenizer_fingerprint(self.model.text.tokenizer).encode())
+        for name, value in self.model.autoencoder.state_dict().items():
+            total.update(name.encode())
+            total.update(value.cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
 
     def _latents(self, samples: list[Sample]) -> Tensor:
         """A draw from each picture's latents, from the cache or encoded now: the same either way."""
         if self.cache is not None:
             mean, std = (values[[sample.entry for sample in samples]] for values in self.cache)
         else:
-            mean, std = self._encode(torch.stack([sample.pixels_CHW for sample in samples]))
+            mean, std = self._encode(stack(samples))
         return mean + std * self._normal(samples, "posterior")
 
     def _normal(self, samples: list[Sample], stream: str) -> Tensor:
-        seed = self.recipe.seed
-        draws = [randomness(seed, sample.position, stream).standard_normal(self.latent_shape, np.float32)
-                 for sample in samples]  # fmt: skip
-        return torch.from_numpy(np.stack(draws)).to(self.device)
+        return normal(self.recipe.seed, samples, stream, self.latent_shape).to(self.device)
 
     def _uniform(self, samples: list[Sample]) -> Tensor:
         """A number in (0, 1) per sample; those of a global batch fall one into each of batch_size equal parts."""
@@ -147,13 +158,12 @@ def make_text_encoder(recipe: Recipe, data: Captioned) -> TextEncoder:
         vocab_size=len(tokenizer),
         hidden_size=size.width,
         intermediate_size=4 * size.width,
-        projection_dim=size.width,
         num_hidden_layers=size.layers,
         num_attention_heads=size.heads,
         max_position_embeddings=size.window,
         hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.start,
+        eos_token_id=tokenizer.end,
+        pad_token_id=tokenizer.pad,
     )
-    return TextEncoder(CLIPTextModel(config), tokenizer)
+    return TextEncoder(CLIPText(config).initialize(), tokenizer)

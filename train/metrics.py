@@ -17,14 +17,14 @@ class Metrics:
 
     def __init__(self, path: Path, start: int, total: int, active: bool):
         self.path, self.total, self.active = path, total, active
-        self.last_pictures, self.last_time = start, time.monotonic()
+        self.last_pictures, self.last_time, self.speed = start, time.monotonic(), 0.0
         self.bar: Progress | None = None
         if not active:
             return
         _drop_after(path, start)
         console = Console(stderr=True)
         if console.is_terminal:
-            columns = (BarColumn(), TextColumn("{task.completed}/{task.total} pictures  {task.fields[note]}"))
+            columns = (BarColumn(16), TextColumn("{task.completed}/{task.total} pictures  {task.fields[note]}"))
             self.bar = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console)
             self.task = self.bar.add_task("train", total=total, completed=start, note="")
             self.bar.start()
@@ -47,17 +47,18 @@ class Metrics:
         done, now = pictures - self.last_pictures, time.monotonic()
         if done:
             values["pictures_per_second"] = done / max(now - self.last_time, 1e-9)
-            self.last_pictures, self.last_time = pictures, now
+            self.last_pictures, self.last_time, self.speed = pictures, now, values["pictures_per_second"]
         with self.path.open("a") as file:
             file.write(json.dumps({"pictures": pictures} | values) + "\n")
-        note = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        if self.bar:
-            self.bar.update(self.task, completed=pictures, note=note)
-        elif done:
-            left = max(self.total - pictures, 0) / values["pictures_per_second"]
-            print(f"{pictures}/{self.total} pictures  {note}  {left / 60:.1f} min left", file=sys.stderr, flush=True)
-        else:
-            print(f"{pictures}/{self.total} pictures  {note}", file=sys.stderr, flush=True)
+        figures = [f"{name} {value:.4g}" for name, value in values.items()]
+        if self.bar:  # which has room for one figure
+            self.bar.update(self.task, completed=pictures, note=f"{figures[0]}  {self.speed:.1f}/s")
+            return
+        note = "  ".join(figures)
+        if done:
+            minutes = max(self.total - pictures, 0) / values["pictures_per_second"] / 60
+            note += f"  {minutes:.1f} min left"
+        print(f"{pictures}/{self.total} pictures  {note}", file=sys.stderr, flush=True)
 
 
 def _drop_after(path: Path, pictures: int) -> None:
@@ -65,13 +66,14 @@ def _drop_after(path: Path, pictures: int) -> None:
     if not path.is_file():
         return
     aside = path.with_suffix(".tmp")
-    aside.write_text("".join(line + "\n" for line in path.read_text().splitlines() if _seen(line) <= pictures))
+    lines = path.read_text(errors="replace").splitlines()
+    aside.write_text("".join(line + "\n" for line in lines if _seen(line) <= pictures))
     os.replace(aside, path)
 
 
 def _seen(line: str) -> float:
     """The pictures of a line, infinite if it is broken."""
     try:
-        return json.loads(line)["pictures"]
+        return float(json.loads(line)["pictures"])
     except (ValueError, KeyError, TypeError):
         return float("inf")

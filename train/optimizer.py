@@ -21,7 +21,7 @@ def make_optimizer(module: nn.Module, recipe: Optimizer) -> torch.optim.AdamW:
 
 
 def learning_rate(recipe: Optimizer, pictures: int, total: int) -> float:
-    """The rate for the step that begins after `pictures` of `total`: linear warm-up, then constant or cosine to zero."""
+    """The rate of the step that begins after `pictures` of `total`: linear warm-up, then constant or cosine to 0."""
     if pictures < recipe.warmup:
         return recipe.learning_rate * (pictures + 1) / (recipe.warmup + 1)
     if recipe.decay == "constant":

@@ -1,33 +1,39 @@
-"""A CLIP tokenizer learned from captions: byte-pair encoding (Sennrich et al. 2016) over bytes, so no text is unknown."""
+"""A CLIP tokenizer learned from captions: byte-pair encoding (Sennrich et al. 2016) of bytes, so all text is known."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 
-import json
-
 from tokenizers import pre_tokenizers, trainers
-from transformers import CLIPTokenizer
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-WORD_END = "</w>"
+from diffusion.tokenizer import END, START, WORD_END, Tokenizer, blank
 
 
-def learn_tokenizer(captions: Iterable[str], vocab_size: int, window: int) -> CLIPTokenizer:
-    """The same captions give the same tokenizer. window: tokens of a prompt, start and end included."""
-    blank = CLIPTokenizer().backend_tokenizer  # CLIP's way of splitting and lowering, no words yet
+def learn_tokenizer(captions: Iterable[str], vocab_size: int, window: int) -> Tokenizer:
+    """The same captions give the same tokenizer. window: tokens of a prompt, start and end included.
+
+    vocab_size: tokens at most, but for the 514 that every tokenizer has: each byte inside and at the end of a word,
+    start and end.
+    """
+    backend = blank({}, [])
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Left to itself the trainer numbers the ends of words in the order of a hash table, another one in each process;
+    # as special tokens they are numbered first, in this order, and those that no caption has are there too.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[START, END],
+        special_tokens=[START, END, *(byte + WORD_END for byte in alphabet)],
         initial_alphabet=alphabet,
         end_of_word_suffix=WORD_END,
         show_progress=False,
     )
-    blank.train_from_iterator(captions, trainer)
-    learned = json.loads(blank.to_str())["model"]
-    vocab = dict(learned["vocab"])
-    for byte in alphabet:  # the trainer leaves out the bytes that end no word of the captions
-        vocab.setdefault(byte + WORD_END, len(vocab))
-    merges = [tuple(pair) for pair in learned["merges"]]
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=window, unk_token=END)
+    backend.train_from_iterator(captions, trainer)
+    learned = json.loads(backend.to_str())["model"]
+    return Tokenizer(learned["vocab"], [tuple(pair) for pair in learned["merges"]], window)
+
+
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A hash of each token's number and the merges: weights of a text encoder mean nothing under another one."""
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    return hashlib.sha256(json.dumps([model["vocab"], model["merges"]], sort_keys=True).encode()).hexdigest()

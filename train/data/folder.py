@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -23,6 +23,8 @@ from diffusion.errors import GazeError
 from pipelines.images import to_rgb, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow knows more; some of them run other programs
+MOST_PIXELS = 64_000_000  # a file of some kilobytes can claim to be larger than any memory
 MOST_BROKEN = 0.05  # share of pictures that may fail to decode before a run stops
 
 
@@ -49,8 +51,18 @@ def randomness(seed: int, position: int, stream: str) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
 
 
-@dataclass(frozen=True)
-class Skipped:
+def normal(seed: int, samples: list[Sample], stream: str, shape: tuple[int, ...]) -> Tensor:
+    """Unit-variance noise of `shape` for each sample."""
+    draws = [randomness(seed, sample.position, stream).standard_normal(shape, np.float32) for sample in samples]
+    return torch.from_numpy(np.stack(draws))
+
+
+def stack(samples: list[Sample]) -> Tensor:
+    """The pixels of samples that carry them, BCHW."""
+    return torch.stack([sample.pixels_CHW for sample in samples if sample.pixels_CHW is not None])
+
+
+class Skipped(NamedTuple):
     file: Path
     reason: str
 
@@ -71,48 +83,58 @@ def read_folder(folder: str | Path) -> list[Entry]:
 
 
 def _from_metadata(metadata: Path) -> list[Entry]:
-    entries = []
-    for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{metadata}, line {number}"
-        try:
-            row = json.loads(line)
-            name, text, repeats = row["file_name"], row["text"], row.get("repeats", 1)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise GazeError(
-                f"{where}: no JSON object with file_name and text ({type(error).__name__}: {error})",
-                'a line such as {"file_name": "1.png", "text": "a red circle"}',
-            ) from None
-        captions = (text,) if isinstance(text, str) else text
-        if not captions or not all(isinstance(caption, str) for caption in captions):
-            raise GazeError(f"{where}: text is neither a caption nor a list of captions", "put it in quotes")
-        if not isinstance(repeats, int) or repeats < 0:
-            raise GazeError(f"{where}: repeats is {repeats!r}", "a whole number, 0 leaves the picture out")
-        file = metadata.parent / str(name)
-        if not file.resolve().is_relative_to(metadata.parent.resolve()):
-            raise GazeError(f"{where}: {name!r} lies outside the folder", "move the picture into the folder")
-        entries.append(Entry(file, tuple(captions), repeats))
-    return entries
+    # Bytes, because text would also be split at the line separators of Unicode, which may stand inside a caption.
+    lines = metadata.read_bytes().split(b"\n")
+    return [_entry(metadata, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _entry(metadata: Path, number: int, line: bytes) -> Entry:
+    where = f"{metadata}, line {number}"
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+        name, text, repeats = row["file_name"], row["text"], row.get("repeats", 1)
+        file = (metadata.parent / name).resolve()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise GazeError(
+            f"{where}: no JSON object with file_name and text ({type(error).__name__}: {error})",
+            'a line such as {"file_name": "1.png", "text": "a red circle"}',
+        ) from None
+    captions = [text] if isinstance(text, str) else text
+    if not isinstance(captions, list) or not captions or not all(isinstance(caption, str) for caption in captions):
+        raise GazeError(f"{where}: text is neither a caption nor a list of captions", "put it in quotes")
+    if type(repeats) is not int or repeats < 0:
+        raise GazeError(f"{where}: repeats is {repeats!r}", "a whole number, 0 leaves the picture out")
+    if not file.is_relative_to(metadata.parent.resolve()):
+        raise GazeError(f"{where}: {name!r} lies outside the folder", "move the picture into the folder")
+    return Entry(metadata.parent / name, tuple(captions), repeats)
 
 
 def _from_text_files(folder: Path) -> list[Entry]:
-    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    pictures = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     missing = [path for path in pictures if not path.with_suffix(".txt").is_file()]
     if missing:
         raise GazeError(
             f"{len(missing)} of {len(pictures)} pictures in {folder} have no caption, first {missing[0].name}",
             f"write {missing[0].with_suffix('.txt').name}, or a metadata.jsonl",
         )
-    return [Entry(path, (path.with_suffix(".txt").read_text(encoding="utf-8").strip(),)) for path in pictures]
+    return [Entry(path, (_read_caption(path.with_suffix(".txt")),)) for path in pictures]
+
+
+def _read_caption(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig").strip()
+    except ValueError as error:
+        raise GazeError(f"{file} is not UTF-8: {error}", "save it as UTF-8") from None
 
 
 def decode(file: Path, size: int) -> Tensor:
     """A picture as CHW in [-1, 1]: upright by EXIF, alpha on white, central square, resized with Lanczos.
 
-    Raises OSError or ValueError (Pillow's) when it does not decode.
+    When it does not decode, Pillow raises whatever it stumbles over.
     """
-    with Image.open(file) as opened:
+    with Image.open(file, formats=FORMATS) as opened:
+        if opened.width * opened.height > MOST_PIXELS:
+            raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS / 1e6:.0f} million")
         picture = ImageOps.fit(to_rgb(opened), (size, size), Image.Resampling.LANCZOS)
     return to_tensor(picture)[0]
 
@@ -126,9 +148,9 @@ def check(entries: list[Entry], size: int) -> tuple[list[Entry], list[Skipped]]:
     for entry in entries:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                warnings.simplefilter("ignore")  # of odd metadata; and our own limit of size is lower than Pillow's
                 decode(entry.file, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Warning) as error:
+        except Exception as error:  # Pillow's readers let almost any error through
             skipped.append(Skipped(entry.file, f"{type(error).__name__}: {error}"))
         else:
             good.append(entry)
@@ -141,7 +163,7 @@ def check(entries: list[Entry], size: int) -> tuple[list[Entry], list[Skipped]]:
     return good, skipped
 
 
-class Captioned(Dataset):
+class Captioned(Dataset[Sample]):
     """The endless stream of samples: item n is sample n.
 
     An epoch holds each entry `repeats` times; each epoch is shuffled by (seed, epoch).
@@ -157,27 +179,25 @@ class Captioned(Dataset):
         self.slots = np.repeat(np.arange(len(entries)), [entry.repeats for entry in entries])
         if not len(self.slots):
             raise GazeError("every picture has repeats 0", "give at least one picture repeats 1")
-        self.epoch_order = lru_cache(maxsize=2)(self._epoch_order)
-
-    def __getstate__(self):  # the cache does not travel to a worker process
-        return {key: value for key, value in self.__dict__.items() if key != "epoch_order"}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self.epoch_order = lru_cache(maxsize=2)(self._epoch_order)
-
-    def _epoch_order(self, epoch: int) -> np.ndarray:
-        return randomness(self.seed, epoch, "epoch").permutation(self.slots)
+        self._epoch, self._order = -1, self.slots
 
     def __getitem__(self, position: int) -> Sample:
         epoch, place = divmod(position, len(self.slots))
-        index = int(self.epoch_order(epoch)[place])
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, randomness(self.seed, epoch, "epoch").permutation(self.slots)
+        index = int(self._order[place])
         entry = self.entries[index]
         random = randomness(self.seed, position, "caption")
         dropped = random.random() < self.caption_dropout
         caption = "" if dropped else entry.captions[random.integers(len(entry.captions))]
-        pixels = decode(entry.file, self.size) if self.with_pixels else None
-        return Sample(position, index, caption, pixels)
+        return Sample(position, index, caption, self._pixels(entry.file) if self.with_pixels else None)
+
+    def _pixels(self, file: Path) -> Tensor:
+        try:
+            return decode(file, self.size)
+        except Exception as error:
+            raise GazeError(f"{file} has changed since the run began: {type(error).__name__}: {error}",
+                            "put it back; the same command goes on from the last checkpoint") from None  # fmt: skip
 
     def fingerprint(self) -> str:
         """A hash of file names, captions and repeats: a run resumes only on the data it began with."""
@@ -194,13 +214,13 @@ class Batches:
     def __init__(self, start: int, batch_size: int, accumulation: int, rank: int, processes: int):
         if batch_size % (accumulation * processes):
             raise GazeError(
-                f"batch_size {batch_size} does not divide into {processes} processes x {accumulation} accumulation steps",
+                f"batch_size {batch_size} does not divide by {processes} processes x {accumulation} accumulation steps",
                 f"batch_size={-(-batch_size // (accumulation * processes)) * accumulation * processes}",
             )
         self.start, self.batch_size, self.accumulation = start, batch_size, accumulation
         self.rank, self.processes = rank, processes
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         micro = self.batch_size // self.accumulation
         position = self.start
         while True:

@@ -1,0 +1,169 @@
+"""CLIP's text transformer (Radford et al. 2021, section 2.4), with transformers' parameter names.
+
+Shapes: B prompts, S tokens of the text, E width of the text embedding, L heads, D width of a head (E = L*D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config
+from .pretrained import load_strictly, read_json, read_weights, write_part
+
+PREFIX = "text_model."  # of the names in published folders; transformers 5 writes them without, and reads both
+UNUSED = ("embeddings.position_ids", "text_projection.weight")  # of older versions; of the class with a projection
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """The approximation that OpenAI's CLIP was trained with (Hendrycks & Gimpel 2016, section 2)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "quick_gelu": quick_gelu}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig(Config):
+    """The options of a `text_encoder/config.json` that are read."""
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    # The next three are not needed for the states; transformers finds the prompt's end by the last.
+    bos_token_id: int | None = 49406
+    pad_token_id: int | None = 1
+    eos_token_id: int | None = 49407
+
+    NAME: ClassVar[str] = "text encoder config"
+    KIND: ClassVar[tuple[str, str]] = ("model_type", "clip_text_model")
+    FIXED: ClassVar[dict[str, Any]] = {"attention_dropout": 0.0}
+    IGNORED: ClassVar[dict[str, str]] = {
+        "projection_dim": "the states are taken before a projection",
+        "initializer_range": "of fresh weights; unused in CLIP's text transformer",
+        "initializer_factor": "of fresh weights, which a file replaces",
+        "dropout": "of old versions, which did not use it",
+        **dict.fromkeys(
+            ("architectures", "dtype", "torch_dtype", "transformers_version"), "a note on how the file was made"
+        ),
+        **dict.fromkeys(
+            ("output_attentions", "output_hidden_states", "return_dict"), "what transformers' own forward returns"
+        ),
+        **dict.fromkeys(
+            ("chunk_size_feed_forward", "id2label", "is_encoder_decoder", "label2id", "problem_type"),
+            "every model of transformers has it, CLIP's text transformer does not use it",
+        ),
+    }
+
+    def __post_init__(self) -> None:
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        self.check_positive(*sizes, "max_position_embeddings")
+        divides = self.hidden_size % self.num_attention_heads == 0
+        self.check(divides, "num_attention_heads", f"it must divide hidden_size, {self.hidden_size}")
+        self.check(self.hidden_act in ACTIVATIONS, "hidden_act", f"those known are {', '.join(ACTIVATIONS)}")
+
+
+class CausalAttention(nn.Module):
+    """Every token attends to itself and to those before it."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        q_BLSD, k_BLSD, v_BLSD = (
+            project(x_BSE).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        out_BLSD = F.scaled_dot_product_attention(q_BLSD, k_BLSD, v_BLSD, is_causal=True)
+        return self.out_proj(out_BLSD.transpose(1, 2).flatten(2))
+
+
+class Layer(nn.Module):
+    """Attention and feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        width, hidden, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.self_attn = CausalAttention(width, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, hidden), "fc2": nn.Linear(hidden, width)})
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_BSE: Tensor) -> Tensor:
+        x_BSE = x_BSE + self.self_attn(self.layer_norm1(x_BSE))
+        return x_BSE + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x_BSE))))
+
+
+class CLIPText(nn.Module):
+    """Token ids BS -> states BSE of the last layer, normalised. S is at most config.max_position_embeddings.
+
+    A new one needs weights: those of a file, or `initialize`.
+    """
+
+    def __init__(self, config: CLIPTextConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+
+        def embedding(entries: int) -> nn.Module:
+            # nn.Embedding's own start would be thrown away, and on the meta device makes torch import its compiler.
+            return nn.Embedding.from_pretrained(torch.empty(entries, width), freeze=False)
+
+        tokens, positions = embedding(config.vocab_size), embedding(config.max_position_embeddings)
+        self.embeddings = nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions})
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.Sequential(*(Layer(config) for _ in range(config.num_hidden_layers)))}
+        )
+        self.final_layer_norm = nn.LayerNorm(width, config.layer_norm_eps)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        x_BSE = self.embeddings["token_embedding"](tokens_BS) + self.embeddings["position_embedding"](positions_S)
+        return self.final_layer_norm(self.encoder["layers"](x_BSE))
+
+    @torch.no_grad()
+    def initialize(self) -> CLIPText:
+        """Fresh weights for training from scratch: normal, narrower in a deeper or wider encoder; biases zero."""
+        width, depth = self.config.hidden_size, self.config.num_hidden_layers
+        narrow = (2 * width * depth) ** -0.5
+        spread = {
+            **dict.fromkeys(("token_embedding", "position_embedding"), 0.02),
+            **dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc2"), narrow),
+            "out_proj": width**-0.5,
+            "fc1": (2 * width) ** -0.5,
+        }
+        for name, parameter in self.named_parameters():
+            *_, module, kind = name.split(".")
+            if kind == "bias":
+                nn.init.zeros_(parameter)
+            elif module in spread:
+                nn.init.normal_(parameter, std=spread[module])
+        return self
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> CLIPText:
+        """Open a `text_encoder/` folder. GazeError: missing or broken files, an unsupported config, other weights."""
+        config = CLIPTextConfig.from_diffusers(read_json(Path(folder) / "config.json"))
+        state = {name.removeprefix(PREFIX): value for name, value in read_weights(folder, "model").items()}
+        used = {name: value for name, value in state.items() if name not in UNUSED}
+        return load_strictly(partial(cls, config), used, folder)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a `text_encoder/` folder; dtype None keeps that of the parameters."""
+        state = {PREFIX + name: value for name, value in self.state_dict().items()}
+        write_part(folder, self.config.to_diffusers(), state, dtype, stem="model")

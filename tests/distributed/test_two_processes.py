@@ -1,0 +1,149 @@
+"""Two processes on the CPU (gloo): the same run as one, stopped and killed together."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffusion.errors import GazeError
+from tests.train.tiny import (
+    difference,
+    make_pictures,
+    make_vae,
+    newest_files,
+    rows,
+    run_here,
+    start_two,
+    tiny_recipe,
+    weights,
+)
+from train.launch import start_the_others
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory) -> Path:
+    return make_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, data, vae) -> Path:
+    """The run of two that nothing disturbs."""
+    recipe = tiny_recipe(tmp_path_factory.mktemp("run") / "two", data, vae)
+    assert finish(start_two(recipe)) == [0, 0]
+    return recipe.out
+
+
+def finish(processes, seconds: float = 60) -> list[int | None]:
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(end - time.monotonic(), 0.1))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes
+
+
+def test_two_learn_what_one_learns(straight, tmp_path, data, vae):
+    recipe = tiny_recipe(tmp_path, data, vae)
+    run_here(recipe)
+    for alone, together in zip(rows(tmp_path), rows(straight), strict=True):
+        assert alone == pytest.approx(together, rel=1e-5)
+    assert difference(weights(tmp_path), weights(straight)) < 1e-6
+
+
+def test_one_of_them_writes(straight):
+    assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["000000000064", "000000000080"]
+    assert [row["pictures"] for row in rows(straight)] == [16, 32, 48, 64, 80]
+    assert (straight / "model" / "model_index.json").is_file()
+    assert not list(straight.glob(".*"))
+
+
+def test_a_signal_to_one_takes_both_to_the_same_checkpoint(tmp_path, data, vae):
+    recipe = tiny_recipe(tmp_path, data, vae, pictures=100_000, checkpoint_every=100_000, log_every=8)
+    processes = start_two(recipe)
+    while not (tmp_path / "metrics.jsonl").exists() and processes[0].exitcode is None:
+        time.sleep(0.02)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert finish(processes, 30) == [130, 130]
+    (saved,) = (tmp_path / "checkpoints").iterdir()
+    assert int(saved.name) == rows(tmp_path)[-1]["pictures"]
+
+
+def test_killed_and_resumed_the_bits_are_the_same(straight, tmp_path, data, vae):
+    recipe = tiny_recipe(tmp_path, data, vae)
+    processes = start_two(recipe)
+    while not list((tmp_path / "checkpoints").glob("[0-9]*")) and processes[0].exitcode is None:
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert finish(start_two(recipe)) == [0, 0]
+    assert newest_files(tmp_path) == newest_files(straight)
+    assert rows(tmp_path) == rows(straight)
+
+
+def test_begun_by_two_and_ended_by_one(straight, tmp_path, data, vae):
+    recipe = tiny_recipe(tmp_path, data, vae, checkpoint_every=40)
+    processes = start_two(recipe)
+    while not list((tmp_path / "checkpoints").glob("[0-9]*")) and processes[0].exitcode is None:
+        time.sleep(0.005)
+    for process in processes:
+        process.kill()
+        process.join()
+    run_here(recipe)
+    assert rows(tmp_path)[-1] == pytest.approx(rows(straight)[-1], rel=1e-4)
+    assert difference(weights(tmp_path), weights(straight)) < 1e-6
+
+
+def test_one_that_dies_does_not_leave_the_other_waiting(tmp_path, data, vae):
+    recipe = tiny_recipe(tmp_path, data, vae, pictures=100_000, log_every=8)
+    processes = start_two(recipe)
+    while not (tmp_path / "metrics.jsonl").exists() and processes[0].exitcode is None:
+        time.sleep(0.02)
+    processes[1].kill()
+    codes = finish(processes, 15)
+    assert codes[0] not in (None, 0)
+
+
+def test_the_command_under_accelerate(tmp_path, data, vae):
+    """As a user types it, once: the launcher, two processes, one line of stdout."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe(tmp_path / "run", data, vae).model_dump(mode="json")))
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2",
+                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]  # fmt: skip
+    words = [*launcher, "-m", "train", str(recipe), "pictures=16"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'run' / 'model'}\n"
+    assert done.stderr.splitlines()[0].startswith("16/16 pictures  loss"), done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert json.loads(newest_files(tmp_path / "run")["state.json"])["processes"] == 2
+
+
+def test_a_launcher_that_cannot_say_how_many_is_answered(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(GazeError, match="only over MPI") as error:
+        start_the_others(["recipe.yaml", "seed=1"])
+    assert "torchrun --nproc-per-node 2 -m train recipe.yaml seed=1" in error.value.hint
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    start_the_others(["recipe.yaml"])
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("MASTER_PORT")
+    start_the_others(["recipe.yaml"])

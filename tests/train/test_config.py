@@ -1,0 +1,139 @@
+"""The recipe: defaults < file < command line, and what is said of a wrong one."""
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffusion.errors import GazeError
+from tests.train.tiny import tiny_recipe
+from train.config import Recipe, _override, load_recipe
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+MINIMAL = {"phase": "diffusion", "out": "runs/x", "pictures": 100, "data": {"folder": "pictures"}}
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+@pytest.mark.parametrize(
+    "override, key, guess",
+    [
+        ("optimizer.learning_rat=1", "optimizer.learning_rat", "learning_rate"),
+        ("optimiser.learning_rate=1", "optimiser", "optimizer"),
+        ("model.text.window_size=8", "model.text.window_size", "window"),
+        ("epochs=3", "epochs", ""),
+    ],
+)
+def test_an_unknown_key_is_answered_with_the_nearest_right_one(minimal, override, key, guess):
+    with pytest.raises(GazeError) as error:
+        load_recipe(minimal, [override])
+    assert key in error.value.problem
+    assert str(minimal) in error.value.problem
+    assert f"did you mean {guess!r}" in error.value.hint if guess else "choices: " in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "override, key",
+    [
+        ("pictures=many", "pictures"),
+        ("pictures=0", "pictures"),
+        ("batch_size=2.5", "batch_size"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate"),
+        ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
+        ("optimizer.betas=[0.9, 1.0]", "optimizer.betas"),
+        ("data.caption_dropout=1.5", "data.caption_dropout"),
+        ("mixed_precision=fp8", "mixed_precision"),
+        ("model.text.heads=5", "192 does not divide into 5"),
+        ("validation.every=100", "validation.prompts is empty"),
+        ("data.drawn=5", "either folder"),
+        ("data=pictures", "data"),
+    ],
+)
+def test_a_wrong_value_is_named(minimal, override, key):
+    with pytest.raises(GazeError, match=key.replace("[", r"\[")):
+        load_recipe(minimal, [override])
+
+
+@pytest.mark.parametrize("text", ["pictures", "=3", "phase.kind=3", "pictures=[1", "seed=2001-99-99", "seed=!!int ''"])
+def test_an_override_of_another_form_is_refused(minimal, text):
+    with pytest.raises(GazeError):
+        load_recipe(minimal, [text])
+
+
+@pytest.mark.parametrize("content", ["", "- 1", "a: [", "\x00", "3", "1: 2"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content):
+    (tmp_path / "recipe.yaml").write_text(content)
+    with pytest.raises(GazeError, match=r"recipe\.yaml"):
+        load_recipe(tmp_path / "recipe.yaml")
+    with pytest.raises(GazeError, match="cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+
+
+def test_defaults_then_file_then_command_line(minimal):
+    recipe = load_recipe(minimal, ["optimizer.learning_rate=3e-4", "model.text.width=64", "seed=7", "out=runs/a=b"])
+    assert (recipe.batch_size, recipe.pictures, recipe.seed) == (64, 100, 7)
+    assert recipe.optimizer.learning_rate == 3e-4
+    assert (recipe.model.text.width, recipe.model.text.layers) == (64, 3)
+    assert recipe.out == Path("runs/a=b")
+    assert load_recipe(minimal, ["model.unet.block_out_channels=[8, 16]"]).model.unet == {"block_out_channels": [8, 16]}
+    assert load_recipe(minimal, ["validation.prompts=[]"]).validation.prompts == ()
+
+
+def test_zero_is_a_value(minimal):
+    zeros = ["seed=0", "ema_half_life=0", "optimizer.warmup=0", "optimizer.weight_decay=0", "data.caption_dropout=0"]
+    recipe = load_recipe(minimal, [*zeros, "objective.kl_weight=0", "optimizer.betas=[0, 0]", "validation.every=0"])
+    assert recipe.seed == recipe.ema_half_life == recipe.optimizer.warmup == recipe.validation.every == 0
+    assert recipe.optimizer.weight_decay == recipe.data.caption_dropout == recipe.objective.kl_weight == 0.0
+    assert recipe.optimizer.betas == (0.0, 0.0)
+
+
+def test_the_saved_recipe_is_the_recipe(tmp_path):
+    recipe = tiny_recipe(tmp_path, tmp_path, tmp_path, validation={"every": 8, "prompts": ["a 'red' é: 1", "off"]})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    assert load_recipe(path) == recipe
+    assert load_recipe(path).identity() == recipe.identity()
+
+
+@pytest.mark.parametrize("recipe", sorted(CONFIGS.rglob("*.yaml")), ids=str)
+def test_the_recipes_of_the_repository_are_valid(recipe):
+    load_recipe(recipe)
+
+
+def test_identity_is_of_what_a_checkpoint_depends_on():
+    recipe = Recipe.model_validate(MINIMAL)
+    other_place = {"out": "y", "keep": 3, "data": {"folder": "moved", "workers": 2}, "log_every": 7, "resume": "never"}
+    assert Recipe.model_validate(MINIMAL | other_place).identity() == recipe.identity()
+    for change in ({"seed": 1}, {"pictures": 101}, {"data": {"folder": "pictures", "size": 32}}, {"batch_size": 32}):
+        assert Recipe.model_validate(MINIMAL | change).identity() != recipe.identity()
+
+
+KEYS = st.lists(st.text(st.characters(categories=["Ll"]), min_size=1), min_size=1, max_size=4)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=5,
+)
+
+
+@given(KEYS, VALUES)
+def test_any_value_can_be_given_under_any_key(keys, value):
+    values: dict = {"other": 1}
+    _override(values, f"{'.'.join(keys)}={yaml.safe_dump(value, default_flow_style=True)}")
+    for key in keys:
+        values = values[key]
+    assert values == value
+
+
+@given(st.text())
+def test_any_text_is_an_override_or_a_clear_error(text):
+    with contextlib.suppress(GazeError):
+        _override({"a": 1, "b": {}}, text)

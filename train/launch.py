@@ -1,0 +1,33 @@
+"""Several processes on the CPU under `accelerate launch`, which starts only one of them unless MPI is there."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+from diffusion.errors import GazeError
+
+# A launcher that starts all processes sets one of them.
+COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def start_the_others(words: list[str]) -> None:
+    """Replaces this process by torchrun when Accelerate's launcher was asked for more than it started; else returns.
+
+    words: of our own command line. Raises GazeError when the number asked for cannot be found out.
+    """
+    several_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
+    if not several_on_cpu or any(count in os.environ for count in COUNTS):
+        return
+    # The launcher tells where to meet, but not how many; its command line does.
+    launcher = subprocess.run(["ps", "-o", "args=", "-p", str(os.getppid())], capture_output=True, text=True).stdout
+    asked = re.search(r"--num[-_]processes[= ](\d+)", launcher)
+    if "accelerate" not in launcher or not asked:
+        raise GazeError(
+            "accelerate starts several processes on the CPU only over MPI",
+            f"ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m train {' '.join(words)}",
+        )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", asked[1]]
+    os.execv(sys.executable, [*torchrun, "-m", "train", *words])
