@@ -47,7 +47,8 @@ def main() -> None:
             "the same, packed": lambda: packed.denoise(x_1CHW, shifts, texts),
         }
         reference = runs["diffusers"]()
-        difference = {name: float((run() - reference).abs().max() / reference.abs().max()) for name, run in runs.items()}
+        largest = reference.abs().max()
+        difference = {name: float((run() - reference).abs().max() / largest) for name, run in runs.items()}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(arguments.pairs):
             for name, run in runs.items():

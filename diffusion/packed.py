@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +15,8 @@ KEPT = 8  # layouts per convolution: input sizes and versions of the weight in t
 def pack(module: nn.Module) -> None:
     """Lets each plain convolution of `module` keep its weight in oneDNN's own layout, chosen by the input's shape.
 
-    A layout is made at the first call of a shape and again when the weight has changed. Calls that need gradients, another
-    dtype or another device run as before, and so does everything where this torch lacks oneDNN.
+    A layout is made at the first call of a shape and again when the weight has changed. Calls that need gradients,
+    another dtype or another device run as before, and so does everything where this torch lacks oneDNN.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
         return
@@ -38,6 +39,7 @@ def _convolve(convolution: nn.Conv2d, layouts: dict[tuple, Tensor], x_BCHW: Tens
             layouts.clear()
         # Both operators are those that torch.compile's code for the CPU calls.
         dense = c.weight.detach().to_mkldnn()
-        layout = torch._C._nn.mkldnn_reorder_conv2d_weight(dense, *geometry, x_BCHW.shape)
+        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight  # its stub is wrong
+        layout = reorder(dense, *geometry, x_BCHW.shape)
         layouts[key] = layout
     return torch.ops.mkldnn._convolution_pointwise(x_BCHW, layout, c.bias, *geometry, "none", [], "")
