@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .config import Config
-from .pretrained import load_strictly, read_json, read_weights, write_part
+from .files import load_strictly, read_json, read_weights, write_part
 from .unet import Level, Resample, ResidualBlock
 
 EPS = 1e-6  # of every group norm; the U-Net's residual blocks have 1e-5

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import Config
-from .pretrained import load_strictly, read_json, read_weights, write_part
+from .files import load_strictly, read_json, read_weights, write_part
 
 PREFIX = "text_model."  # of the names in published folders; transformers 5 writes them without, and reads both
 UNUSED = ("embeddings.position_ids", "text_projection.weight")  # of older versions; of the class with a projection

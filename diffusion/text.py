@@ -25,6 +25,8 @@ class TextEncoder:
         positions = model.config.max_position_embeddings
         self.window = positions if tokenizer.window is None else min(tokenizer.window, positions)
         self.width = model.config.hidden_size
+        if self.window < 2:
+            raise GazeError(f"the window is {self.window}, but start and end take two tokens", "copy tokenizer/ again")
         if len(tokenizer) > model.config.vocab_size:
             raise GazeError(
                 f"the tokenizer has {len(tokenizer)} tokens, the text encoder {model.config.vocab_size}",

@@ -15,7 +15,7 @@ from tokenizers.models import BPE
 from torch import Tensor
 
 from .errors import GazeError
-from .pretrained import read_json, write_json
+from .files import read_json, write_json
 
 START, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 ROLES = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}

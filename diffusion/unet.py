@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .attention import KeysValues, SpatialTransformer, TransformerBlock, same_rows
 from .config import Config
 from .errors import GazeError
+from .files import load_strictly, read_json, read_weights, write_part
 
 PerLevel = int | tuple[int, ...]
 
@@ -316,13 +317,9 @@ class UNet(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> UNet:
         """Open a diffusers `unet/` folder. GazeError: missing or broken files, an unsupported config, other weights."""
-        from .pretrained import load_strictly, read_json, read_weights
-
         config = UNetConfig.from_diffusers(read_json(Path(folder) / "config.json"))
         return load_strictly(partial(cls, config), read_weights(folder), folder)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers `unet/` folder; dtype None keeps that of the parameters."""
-        from .pretrained import write_part
-
         write_part(folder, self.config.to_diffusers(), self.state_dict(), dtype=dtype)

@@ -249,7 +249,7 @@ def test_version_and_help(gaze):
 
 
 def test_ctrl_c_ends_quietly(model, tmp_path):
-    command = [sys.executable, "-m", "pipelines", "generate", "cat", "--model", model, "--steps", "1000", "-n", "64"]
+    command = [sys.executable, "-m", "pipelines", "generate", "cat", "--model", model, "--steps", "500", "-n", "64"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
     time.sleep(2)

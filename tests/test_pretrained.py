@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from diffusion.autoencoder import Autoencoder
 from diffusion.errors import GazeError
-from diffusion.pretrained import load_model, read_weights, replacing, save_model
+from diffusion.files import read_weights, replacing
+from diffusion.pretrained import load_model, save_model
 from diffusion.text import TextEncoder
 from tests.small_pipeline import small_pipeline
 
@@ -133,6 +134,8 @@ def cut(path: Path) -> None:
         ("text_encoder/config.json", lambda path: edit(path, num_attention_heads=5), "must divide hidden_size"),
         ("text_encoder/model.safetensors", cut, "cannot be read"),
         ("tokenizer/tokenizer.json", lambda path: path.write_text("{}"), "CLIP tokenizer"),
+        ("tokenizer/tokenizer_config.json", lambda path: edit(path, model_max_length=1), "the window is 1"),
+        ("tokenizer/tokenizer_config.json", lambda path: edit(path, pad_token="<new>"), "tokens, the text encoder"),
         ("scheduler/scheduler_config.json", lambda path: edit(path, beta_schedule="odd"), "odd"),
     ],
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from diffusion.autoencoder import Autoencoder
 from diffusion.errors import GazeError
-from diffusion.pretrained import replacing
+from diffusion.files import replacing
 
 from .config import Recipe
 from .data.folder import Captioned, Sample, decode, normal, stack

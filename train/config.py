@@ -40,6 +40,7 @@ class Text(Section):
     width: Positive = 192
     layers: Positive = 3
     heads: Positive = 4
+    token_std: Annotated[float, Field(gt=0)] = 0.5  # of fresh token embeddings
 
     @model_validator(mode="after")
     def _consistent(self) -> Text:
@@ -69,6 +70,7 @@ class Objective(Section):
 
 class Optimizer(Section):
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    text_share: Annotated[float, Field(gt=0)] = 1.0  # of the learning rate, for the text encoder
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     warmup: NotNegative = 0  # pictures

@@ -166,4 +166,8 @@ def make_text_encoder(recipe: Recipe, data: Captioned) -> TextEncoder:
         eos_token_id=tokenizer.end,
         pad_token_id=tokenizer.pad,
     )
-    return TextEncoder(CLIPText(config).initialize(), tokenizer)
+    model = CLIPText(config).initialize()
+    # CLIP's own 0.02 is far below what the layers add, and a text encoder that learns from pictures alone then forgets
+    # which word it saw (docs/experiments.md).
+    nn.init.normal_(model.embeddings.token_embedding.weight, std=size.token_std)
+    return TextEncoder(model, tokenizer)

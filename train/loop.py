@@ -102,7 +102,7 @@ def train(recipe: Recipe) -> Path:
         while seen < recipe.pictures:
             rate = learning_rate(recipe.optimizer, seen, recipe.pictures)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["share"]
             for last in [False] * (recipe.gradient_accumulation_steps - 1) + [True]:
                 with contextlib.nullcontext() if last else accelerator.no_sync(module):
                     loss = phase.loss(module, next(batches)).mean() / recipe.gradient_accumulation_steps

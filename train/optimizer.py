@@ -11,13 +11,22 @@ from .config import Optimizer
 
 
 def make_optimizer(module: nn.Module, recipe: Optimizer) -> torch.optim.AdamW:
-    """Fused AdamW; weight decay acts on matrices and kernels, not on biases and norms."""
-    parameters = [value for value in module.parameters() if value.requires_grad]
-    groups = [
-        {"params": [value for value in parameters if value.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [value for value in parameters if value.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    """Fused AdamW. Weight decay acts on matrices and kernels, not on biases and norms.
+
+    Each group's "share" of the learning rate is 1, or recipe.text_share for a text encoder (`module.text_model`).
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            share = recipe.text_share if name.startswith("text_model.") else 1.0
+            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((share, decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": values, "share": share, "weight_decay": decay} for (share, decay), values in groups.items()],
+        lr=recipe.learning_rate,
+        betas=recipe.betas,
+        fused=True,
+    )
 
 
 def learning_rate(recipe: Optimizer, pictures: int, total: int) -> float:
