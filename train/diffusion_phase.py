@@ -169,5 +169,5 @@ def make_text_encoder(recipe: Recipe, data: Captioned) -> TextEncoder:
     model = CLIPText(config).initialize()
     # CLIP's own 0.02 is far below what the layers add, and a text encoder that learns from pictures alone then forgets
     # which word it saw (docs/experiments.md).
-    nn.init.normal_(model.embeddings.token_embedding.weight, std=size.token_std)
+    nn.init.normal_(model.get_parameter("embeddings.token_embedding.weight"), std=size.token_std)
     return TextEncoder(model, tokenizer)

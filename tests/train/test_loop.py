@@ -278,6 +278,23 @@ def test_bf16_trains_float32_weights(straight, diffusion):
     same_learning(straight, recipe.out, 0.05)
 
 
+def test_the_text_encoder_learns_at_its_share_of_the_rate(straight, diffusion):
+    recipe = diffusion(pictures=16, optimizer={"text_share": 1e-3})
+    fresh = make_phase(recipe, read_data(recipe, report=False), torch.device("cpu")).module.state_dict()
+    run_here(recipe)
+    moved = {name: float((value - fresh[name]).abs().max()) for name, value in weights(recipe.out).items()}
+    assert 0 < max(change for name, change in moved.items() if name.startswith("text_model.")) < 1e-5
+    assert max(change for name, change in moved.items() if name.startswith("unet.")) > 1e-4
+
+
+def test_fresh_token_embeddings_have_the_spread_asked_for(diffusion):
+    for spread in (0.02, 0.5):
+        recipe = diffusion(model={"text": {"token_std": spread}})
+        module = make_phase(recipe, read_data(recipe, report=False), torch.device("cpu")).module
+        tokens = module.get_parameter("text_model.embeddings.token_embedding.weight")
+        assert float(tokens.detach().std()) == pytest.approx(spread, rel=0.1)
+
+
 def test_the_export_can_be_half_as_large(diffusion):
     recipe = diffusion(pictures=16, model={"save_as": "float16"})
     folder = run_here(recipe)
