@@ -279,11 +279,11 @@ def test_bf16_trains_float32_weights(straight, diffusion):
 
 
 def test_the_text_encoder_learns_at_its_share_of_the_rate(straight, diffusion):
-    recipe = diffusion(pictures=16, optimizer={"text_share": 1e-3})
+    recipe = diffusion(optimizer={"text_share": 1e-3})
     fresh = make_phase(recipe, read_data(recipe, report=False), torch.device("cpu")).module.state_dict()
     run_here(recipe)
     moved = {name: float((value - fresh[name]).abs().max()) for name, value in weights(recipe.out).items()}
-    assert 0 < max(change for name, change in moved.items() if name.startswith("text_model.")) < 1e-5
+    assert 0 < max(change for name, change in moved.items() if name.startswith("text_model.")) < 2e-5
     assert max(change for name, change in moved.items() if name.startswith("unet.")) > 1e-4
 
 
