@@ -26,7 +26,8 @@ from .tokenizer import fingerprint as tokenizer_fingerprint
 from .tokenizer import learn_tokenizer
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-             "prediction_type": "v_prediction", "timestep_spacing": "trailing", "clip_sample": False}  # fmt: skip
+             "prediction_type": "v_prediction", "timestep_spacing": "trailing",
+             "steps_offset": 1, "clip_sample": False}  # fmt: skip
 
 
 class _Predict(nn.Module):
