@@ -166,4 +166,5 @@ class CLIPText(nn.Module):
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a `text_encoder/` folder; dtype None keeps that of the parameters."""
         state = {PREFIX + name: value for name, value in self.state_dict().items()}
-        write_part(folder, self.config.to_diffusers(), state, dtype, stem="model")
+        # Without a dtype in the config, transformers would compute in that of the file, unlike diffusers' other parts.
+        write_part(folder, {**self.config.to_diffusers(), "dtype": "float32"}, state, dtype, stem="model")
