@@ -34,12 +34,3 @@ def join(conditions: Sequence[Condition]) -> Condition:
         torch.cat([condition.context_BSE for condition in conditions]),
         torch.cat(vectors) if vectors else None,
     )
-
-
-def drop(condition: Condition, empty: Condition, mask_B: Tensor) -> Condition:
-    """The rows where mask_B (bool) is true replaced by the empty prompt's (one row, or B rows): what training needs
-    so that one network learns both predictions of classifier-free guidance (Ho & Salimans 2022, algorithm 1)."""
-    context = torch.where(mask_B[:, None, None], empty.context_BSE, condition.context_BSE)
-    if condition.vector_BV is None or empty.vector_BV is None:
-        return Condition(context)
-    return Condition(context, torch.where(mask_B[:, None], empty.vector_BV, condition.vector_BV))

@@ -1,4 +1,4 @@
-"""The loss, its targets and weights, densities of noise levels, and dropping captions."""
+"""The loss, its targets and weights, densities of noise levels, and joining prompts."""
 
 import math
 from statistics import NormalDist
@@ -6,7 +6,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from diffusion.condition import Condition, drop, join
+from diffusion.condition import Condition, join
 from diffusion.guidance import classifier_free
 from diffusion.noise import PREDICTION_TYPES, NoiseSchedule, scaling
 from diffusion.objective import denoising_loss, log_normal, min_snr_weight, uniform_timesteps, uniform_weight
@@ -99,15 +99,6 @@ def test_join_and_expand():
     assert both.vector_BV[:, 0].tolist() == [1, 1, 0, 0]
     assert join([Condition(one.context_BSE)]).vector_BV is None
     assert Condition(one.context_BSE).expand(2).vector_BV is None
-
-
-def test_drop_replaces_exactly_the_masked_rows():
-    prompts = Condition(torch.arange(1.0, 4.0)[:, None, None].expand(3, 2, 2), torch.arange(1.0, 4.0)[:, None])
-    empty = Condition(torch.zeros(1, 2, 2), torch.zeros(1, 1))
-    dropped = drop(prompts, empty, torch.tensor([False, True, False]))
-    assert dropped.context_BSE[:, 1, 1].tolist() == [1, 0, 3]
-    assert dropped.vector_BV.flatten().tolist() == [1, 0, 3]
-    assert drop(Condition(prompts.context_BSE), Condition(empty.context_BSE), torch.ones(3).bool()).vector_BV is None
 
 
 def test_classifier_free():
