@@ -51,7 +51,8 @@ class Text(Section):
 
 class Model(Section):
     autoencoder: dict[str, Any] = {}  # diffusers' AutoencoderKL config, trained in the autoencoder phase
-    autoencoder_from: Path | None = None  # vae/ folder for the diffusion phase; None = the shipped model's
+    autoencoder_from: Path | None = None  # vae/ folder for the later phases; None = the shipped model's
+    text_from: Path | None = None  # folder of the text phase, to begin from; `text` then does not apply
     unet: dict[str, Any] = {}  # diffusers' UNet2DConditionModel config; latent and text sizes are filled in
     text: Text = Text()
     scheduler: dict[str, Any] = {}  # diffusers' scheduler_config.json
@@ -85,7 +86,7 @@ class Validation(Section):
 
 
 class Recipe(Section):
-    phase: Literal["autoencoder", "diffusion"]
+    phase: Literal["autoencoder", "text", "diffusion"]
     out: Path  # where the run writes
     seed: NotNegative = 0
     resume: Literal["auto", "never"] = "auto"
@@ -108,7 +109,7 @@ class Recipe(Section):
     def _consistent(self) -> Recipe:
         if (self.data.folder is None) == (self.data.drawn == 0):
             raise ValueError("data: give either folder (captioned pictures) or drawn (a number of shapes to draw)")
-        if self.validation.every and not self.validation.prompts and self.phase == "diffusion":
+        if self.validation.every and not self.validation.prompts and self.phase != "autoencoder":
             raise ValueError("validation.every is set but validation.prompts is empty")
         return self
 

@@ -176,7 +176,7 @@ def read_data(recipe: Recipe, report: bool) -> Captioned:
             f"{skipped[0].file}: {skipped[0].reason}; all are listed in {listed}",
             stacklevel=2,
         )
-    cached = recipe.phase == "diffusion" and recipe.data.cache_latents
+    cached = recipe.phase != "autoencoder" and recipe.data.cache_latents
     return Captioned(entries, recipe.data.size, recipe.seed, recipe.data.caption_dropout, with_pixels=not cached)
 
 
@@ -187,6 +187,10 @@ def make_phase(recipe: Recipe, data: Captioned, device: torch.device) -> Phase:
         from .autoencoder_phase import AutoencoderPhase
 
         return AutoencoderPhase(recipe, data, device)
+    if recipe.phase == "text":
+        from .text_phase import TextPhase
+
+        return TextPhase(recipe, data, device)
     from .diffusion_phase import DiffusionPhase
 
     return DiffusionPhase(recipe, data, device)

@@ -13,8 +13,10 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusion.autoencoder import Autoencoder
 from diffusion.errors import GazeError
 from diffusion.pretrained import load_model
+from diffusion.text import TextEncoder
 from pipelines import TextToImage
 from tests.train.tiny import (
     difference,
@@ -42,6 +44,15 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory) -> Path:
     return make_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def trained_vae(tmp_path_factory, data) -> Path:
+    """The vae/ folder of an autoencoder run."""
+    out = tmp_path_factory.mktemp("autoencoder")
+    run_here(tiny_recipe(out, data, pictures=400, validation={"every": 200}, log_every=200, checkpoint_every=200,
+                         optimizer={"learning_rate": 5e-3}))  # fmt: skip
+    return out / "model" / "vae"
 
 
 @pytest.fixture(scope="module")
@@ -306,13 +317,10 @@ def test_the_export_can_be_half_as_large(diffusion):
     assert load_model(folder).unet.conv_in.weight.dtype == torch.float32
 
 
-def test_the_autoencoder_phase_ends_with_latents_of_unit_variance(tmp_path, data):
-    recipe = tiny_recipe(tmp_path, data, pictures=400, validation={"every": 200}, log_every=200, checkpoint_every=200,
-                         optimizer={"learning_rate": 5e-3})  # fmt: skip
-    run_here(recipe)
-    figures = [row["psnr"] for row in rows(tmp_path) if "psnr" in row]
+def test_the_autoencoder_phase_ends_with_latents_of_unit_variance(trained_vae, data):
+    figures = [row["psnr"] for row in rows(trained_vae.parents[1]) if "psnr" in row]
     assert figures[1] > figures[0] > 5
-    vae = AutoencoderKL.from_pretrained(tmp_path / "model" / "vae")
+    vae = AutoencoderKL.from_pretrained(trained_vae)
     pixels = torch.stack([decode(entry.file, 16) for entry in read_folder(data)])
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
@@ -320,7 +328,35 @@ def test_the_autoencoder_phase_ends_with_latents_of_unit_variance(tmp_path, data
     assert latents.std() == pytest.approx(1, abs=1e-3)
     psnr = -10 * ((again.clamp(-1, 1) - pixels).square().mean((1, 2, 3)) / 4).log10().mean()
     assert psnr == pytest.approx(figures[1], abs=1e-3)
-    run_here(tiny_recipe(tmp_path / "next", data, tmp_path / "model" / "vae", pictures=16))
+
+
+def test_the_text_phase_learns_what_the_captions_show_and_the_diffusion_phase_begins_from_it(
+    tmp_path, data, trained_vae
+):
+    first = tiny_recipe(tmp_path / "text", data, trained_vae, phase="text", pictures=1600, log_every=400, batch_size=16,
+                        data={"caption_dropout": 0.0}, optimizer={"learning_rate": 5e-3},
+                        validation={"every": 1600, "prompts": PROMPTS})  # fmt: skip
+    folder = run_here(first)
+    assert {path.name for path in folder.iterdir()} == {"text_encoder", "tokenizer"}
+    losses = [row["loss"] for row in rows(first.out)]
+    pixels = torch.stack([decode(entry.file, 16) for entry in read_folder(data)])
+    with torch.no_grad():
+        latents = Autoencoder.from_pretrained(trained_vae).encode(pixels)[0]
+    without_words = float((latents - latents.mean(0)).square().mean())
+    assert losses[-1] < 0.25 * without_words < losses[0]
+    assert (first.out / "samples" / "000000001600.png").is_file()
+
+    second = tiny_recipe(tmp_path / "diffusion", data, trained_vae, model={"text_from": folder})
+    phase = make_phase(second, read_data(second, report=False), torch.device("cpu"))
+    begun = phase.module.state_dict()
+    for name, value in TextEncoder.from_pretrained(
+        folder / "text_encoder", folder / "tokenizer"
+    ).model.named_parameters():
+        assert begun[f"text_model.{name}"].equal(value)
+    run_here(second)
+    trained = weights(second.out)
+    weight = "text_model.encoder.layers.0.mlp.fc1.weight"
+    assert not trained[weight].equal(begun[weight])
 
 
 def test_a_step_is_due_at_multiples_and_at_the_end():
