@@ -55,7 +55,8 @@ class AutoencoderConfig(Config):
     def __post_init__(self) -> None:
         levels, groups = len(self.block_out_channels), self.norm_num_groups
         sizes = ("block_out_channels", "layers_per_block", "latent_channels", "norm_num_groups")
-        self.check_positive(*sizes, "scaling_factor")
+        self.check_positive(*sizes, "in_channels", "out_channels", "scaling_factor")
+        self.check_blocks(levels * (2 * self.layers_per_block + 1), "layers_per_block")
         for option, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             right = getattr(self, option) == (kind,) * levels
             self.check(right, option, f"{kind} is needed for each of {levels} levels")
@@ -172,7 +173,7 @@ class Autoencoder(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> Autoencoder:
         """Open a `vae/` folder, for use. GazeError: missing or broken files, an unsupported config, other weights."""
         config = AutoencoderConfig.from_diffusers(read_json(Path(folder) / "config.json"))
-        state = {_current_name(name): value for name, value in read_weights(folder).items()}
+        state = {current_name(name): value for name, value in read_weights(folder).items()}
         return load_strictly(partial(cls, config), state, folder).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -203,7 +204,7 @@ class Autoencoder(nn.Module):
         return self.reconstruct(latents_BCHW / self.config.scaling_factor)
 
 
-def _current_name(name: str) -> str:
+def current_name(name: str) -> str:
     """Names of the attention of the middle block as they were before diffusers 0.15, which SD 1.x folders hold."""
     if ".attentions." not in name:
         return name

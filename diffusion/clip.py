@@ -70,6 +70,7 @@ class CLIPTextConfig(Config):
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         self.check_positive(*sizes, "max_position_embeddings")
+        self.check_blocks(self.num_hidden_layers, "num_hidden_layers")
         divides = self.hidden_size % self.num_attention_heads == 0
         self.check(divides, "num_attention_heads", f"it must divide hidden_size, {self.hidden_size}")
         self.check(self.hidden_act in ACTIVATIONS, "hidden_act", f"those known are {', '.join(ACTIVATIONS)}")

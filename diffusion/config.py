@@ -9,6 +9,8 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 from .errors import GazeError, nearest
 
 Self = TypeVar("Self", bound="Config")
+LARGEST = 2**20  # of a number; more is a mistake, or meant to fill the memory
+BLOCKS = 500  # of a network; the largest published has 65
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Config:
             numbers = value if isinstance(value, tuple) else (value,)
             self.check(min(numbers, default=0) > 0, option, "it must be positive")
 
+    def check_blocks(self, blocks: int, option: str) -> None:
+        """Raises GazeError when a network would have so many blocks that even making it empty took long."""
+        self.check(blocks <= BLOCKS, option, f"that makes {blocks} blocks; the most is {BLOCKS}")
+
     @classmethod
     def from_diffusers(cls: type[Self], config: dict[str, Any]) -> Self:
         """Read the content of a config.json. GazeError: an option that is unknown or has an unsupported value."""
@@ -55,6 +61,9 @@ class Config:
                 values[key] = tuple(value) if isinstance(value, list) else value
                 if not _is_a(values[key], types[key]):
                     raise GazeError(f"{cls.NAME}: {key} = {value!r} is not of the type {types[key]}")
+                numbers = values[key] if isinstance(values[key], tuple) else (values[key],)
+                if any(isinstance(number, int) and number > LARGEST for number in numbers):
+                    raise GazeError(f"{cls.NAME}: {key} = {value!r} is too large; the most is {LARGEST}")
         return cls(**values)
 
     def to_diffusers(self) -> dict[str, Any]:

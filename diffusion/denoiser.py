@@ -6,47 +6,34 @@ Shape letters: B batch, C channels, H W latent size; R rows of a condition: B, o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .condition import Condition, join
-from .guidance import classifier_free
+from .guidance import Guidance, classifier_free, projected, rescaled
 from .noise import NoiseSchedule, scaling
 
 if TYPE_CHECKING:
-    from .unet import UNet
+    from .unet import KeysValues, UNet
 
 
-class Denoiser:
-    """What a model says the clean picture is, given a noisy one.
+class Predictor:
+    """The U-Net's output for one condition. Keys and values of the text are computed once, at the first call, and so
+    are the time shifts of all levels in `sigmas`; any other level works too."""
 
-    Keys and values of the text are computed here, once, and so are the time shifts of all levels in `sigmas`; any other
-    level works too. The caller decides whether gradients are kept.
+    def __init__(self, unet: UNet, schedule: NoiseSchedule, condition: Condition, sigmas: Tensor) -> None:
+        self.unet, self.schedule, self.condition, self.sigmas = unet, schedule, condition, sigmas
 
-    unet: with project_context, embed_time and denoise as in `UNet`.
-    condition: one row per picture, in the dtype and on the device of the unet.
-    empty: the negative prompt, one row or one per picture. Without it, or at guidance scale 1, where it has no
-        weight, a call costs one batch instead of two.
-    """
+    @cached_property
+    def texts(self) -> Sequence[KeysValues]:
+        return self.unet.project_context(self.condition.context_BSE)
 
-    def __init__(
-        self,
-        unet: UNet,
-        schedule: NoiseSchedule,
-        condition: Condition,
-        empty: Condition | None = None,
-        guidance_scale: float = 1.0,
-        sigmas: Tensor | Sequence[float] = (),
-    ) -> None:
-        self.unet, self.schedule, self.guidance_scale = unet, schedule, guidance_scale
-        self.guided = empty is not None and guidance_scale != 1
-        if empty is not None and self.guided:
-            condition = join([empty.expand(len(condition)), condition])
-        self.condition = condition
-        self.texts = unet.project_context(condition.context_BSE)
-        self.shifts = self.tabulate(torch.as_tensor(sigmas, dtype=torch.float64))
+    @cached_property
+    def shifts(self) -> dict[float, list[Tensor]]:
+        return self.tabulate(self.sigmas)
 
     def tabulate(self, sigmas: Tensor) -> dict[float, list[Tensor]]:
         """The time shifts of each level above 0, from one pass through the time embedding for all."""
@@ -60,17 +47,56 @@ class Denoiser:
         blocks = [shift.split(rows) for shift in self.unet.embed_time(timesteps, vectors)]
         return {sigma: [block[i] for block in blocks] for i, sigma in enumerate(sigmas.tolist())}
 
+    def __call__(self, input_BCHW: Tensor, sigma: float) -> Tensor:
+        """RCHW, in the dtype of the input. The rows of the condition are a multiple of the input's."""
+        x_BCHW = input_BCHW.to(self.condition.context_BSE.dtype)
+        if self.condition.vector_BV is not None:
+            # With a vector the time shifts have a row per prompt, so the rows differ from the first layer on.
+            x_BCHW = x_BCHW.repeat(len(self.condition) // len(x_BCHW), 1, 1, 1)
+        shifts = self.shifts.get(sigma) or self.tabulate(torch.tensor([sigma], dtype=torch.float64))[sigma]
+        return self.unet.denoise(x_BCHW, shifts, self.texts).to(input_BCHW.dtype)
+
+
+class Denoiser:
+    """What a model says the clean picture is, given a noisy one. The caller decides whether gradients are kept.
+
+    unet: with project_context, embed_time and denoise as in `UNet`.
+    condition: one row per picture, in the dtype and on the device of the unet.
+    empty: the negative prompt, one row or one per picture. Without it, or where guidance does not act, a call costs
+        one batch instead of two.
+    sigmas: levels that will be asked for.
+    """
+
+    def __init__(
+        self,
+        unet: UNet,
+        schedule: NoiseSchedule,
+        condition: Condition,
+        empty: Condition | None = None,
+        guidance: Guidance = Guidance(),  # noqa: B008, because it is frozen
+        sigmas: Tensor | Sequence[float] = (),
+    ) -> None:
+        self.schedule, self.guidance = schedule, guidance
+        levels = torch.as_tensor(sigmas, dtype=torch.float64)
+        acts = torch.tensor([empty is not None and guidance.acts(level) for level in levels.tolist()], dtype=torch.bool)
+        self.alone = Predictor(unet, schedule, condition, levels[~acts])
+        self.both = None
+        if empty is not None:
+            self.both = Predictor(unet, schedule, join([empty.expand(len(condition)), condition]), levels[acts])
+        self.running: Tensor | float = 0.0  # of projected guidance
+
     def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:
         """The clean picture clean_BCHW seen in x_BCHW at noise level sigma > 0, in the dtype of x."""
-        level = torch.tensor(sigma, dtype=torch.float64)
-        shifts = self.shifts.get(sigma) or self.tabulate(level[None])[sigma]
-        c_skip, c_out, c_in = scaling(self.schedule.prediction_type, level)
-        input_BCHW = (c_in * x_BCHW).to(self.condition.context_BSE.dtype)
-        if self.guided and self.condition.vector_BV is not None:
-            # With a vector the time shifts have a row per prompt, so both halves differ from the first layer on.
-            input_BCHW = input_BCHW.repeat(2, 1, 1, 1)
-        output = self.unet.denoise(input_BCHW, shifts, self.texts).to(x_BCHW.dtype)
-        if self.guided:
-            uncond, cond = output.chunk(2)
-            output = classifier_free(uncond, cond, self.guidance_scale)
+        guidance = self.guidance
+        c_skip, c_out, c_in = scaling(self.schedule.prediction_type, torch.tensor(sigma, dtype=torch.float64))
+        if self.both is None or not guidance.acts(sigma):
+            return c_skip * x_BCHW + c_out * self.alone(c_in * x_BCHW, sigma)
+        uncond, cond = self.both(c_in * x_BCHW, sigma).chunk(2)
+        if guidance.projected:
+            self.running = c_out * (cond - uncond) + guidance.momentum * self.running
+            clean = c_skip * x_BCHW + c_out * cond
+            return projected(clean, self.running, guidance.scale, guidance.eta, guidance.norm)
+        output = classifier_free(uncond, cond, guidance.scale)
+        if guidance.rescale:
+            output = rescaled(output, cond, guidance.rescale)
         return c_skip * x_BCHW + c_out * output

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import GazeError
+from .header import read_header
 
 MARKS = ("model_index.json", "vae")  # a folder with one of them holds a model, or its first part
 STEM = "diffusion_pytorch_model"
@@ -43,6 +44,21 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(gone, ignore_errors=True)
 
 
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Gives a new file to write, as `replacing` gives a folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        aside.touch()
+        mode = aside.stat().st_mode
+        yield aside
+        aside.chmod(mode)  # safetensors makes files that only their owner can read
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; GazeError names the file when it is missing or broken."""
     try:
@@ -61,20 +77,22 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def read_weights(folder: str | Path, stem: str = STEM) -> dict[str, Tensor]:
-    """The tensors of one part as float32: one file or shards, with or without the fp16 variant.
+def read_weights(folder: str | Path, stem: str = STEM, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
+    """The tensors of one part: one file or shards, with or without the fp16 variant.
 
+    dtype: what they are converted to; None gives them as they are, and as long as they are used the file must stay.
     Raises GazeError when no safetensors file is there (pickle files are never opened) or one is broken.
     """
     folder = Path(folder)
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder, stem):
+        read_header(path)  # within limits, which load_file lacks
         try:
             tensors |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise GazeError(f"{path} cannot be read: {error}", "copy the file again; it may be cut short") from None
     # Copies, because what safetensors gives is the file itself, mapped into memory.
-    return {name: value.to(torch.float32, copy=True) for name, value in tensors.items()}
+    return tensors if dtype is None else {name: value.to(dtype, copy=True) for name, value in tensors.items()}
 
 
 def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
@@ -115,6 +133,24 @@ def write_part(
     shutil.copymode(folder / "config.json", weights)  # safetensors makes files that only their owner can read
 
 
+def differences(
+    found: Mapping[str, Sequence[int]], wanted: Mapping[str, Sequence[int]], judge: str = "the config says"
+) -> str:
+    """The first tensors that are missing, unknown or of another shape, and how many more there are; "" if none."""
+    wrong = [f"missing {name}" for name in wanted if name not in found]
+    wrong += [f"unknown {name}" for name in found if name not in wanted]
+    wrong += [
+        f"{name} is {list(found[name])}, {judge} {list(wanted[name])}"
+        for name in wanted
+        if name in found and tuple(found[name]) != tuple(wanted[name])
+    ]
+    return "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
 def load_strictly(make: Callable[[], M], state: Mapping[str, Tensor], source: str | Path) -> M:
     """The module that `make` makes, with these weights, whose names and shapes must be exactly the module's.
 
@@ -122,18 +158,10 @@ def load_strictly(make: Callable[[], M], state: Mapping[str, Tensor], source: st
     """
     with torch.device("meta"):  # random weights would be thrown away
         module = make()
-    own = module.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in state]
-    wrong += [f"unknown {name}" for name in state if name not in own]
-    wrong += [
-        f"{name} is {list(state[name].shape)}, the config says {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
+    wrong = differences(shapes_of(state), shapes_of(module.state_dict()))
     if wrong:
-        shown = "; ".join(wrong[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
         raise GazeError(
-            f"the weights in {source} do not fit its config.json: {shown}", "use the config saved with the weights"
+            f"the weights in {source} do not fit its config.json: {wrong}", "use the config saved with the weights"
         )
     module.load_state_dict(state, strict=True, assign=True)
     return module

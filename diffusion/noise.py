@@ -18,16 +18,36 @@ from .errors import GazeError, nearest
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "linspace", "trailing")
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-)
+# Levels between the ends of the spaced timesteps, in place of those that belong to the timesteps.
+LEVEL_SPACINGS = ("beta", "exponential", "karras")
+
+# The classes of diffusers whose scheduler_config.json is a table of noise levels, and the betas where it is silent.
+DDPM_BETAS = ("linear", 0.0001, 0.02)
+HEUN_BETAS = ("linear", 0.00085, 0.012)
+LATENT_BETAS = ("scaled_linear", 0.00085, 0.012)
+SCHEDULERS = {
+    "DDIMParallelScheduler": DDPM_BETAS,
+    "DDIMScheduler": DDPM_BETAS,
+    "DDPMParallelScheduler": DDPM_BETAS,
+    "DDPMScheduler": DDPM_BETAS,
+    "DEISMultistepScheduler": DDPM_BETAS,
+    "DPMSolverMultistepScheduler": DDPM_BETAS,
+    "DPMSolverSDEScheduler": HEUN_BETAS,
+    "DPMSolverSinglestepScheduler": DDPM_BETAS,
+    "EulerAncestralDiscreteScheduler": DDPM_BETAS,
+    "EulerDiscreteScheduler": DDPM_BETAS,
+    "HeunDiscreteScheduler": HEUN_BETAS,
+    "KDPM2AncestralDiscreteScheduler": HEUN_BETAS,
+    "KDPM2DiscreteScheduler": HEUN_BETAS,
+    "LCMScheduler": LATENT_BETAS,
+    "LMSDiscreteScheduler": DDPM_BETAS,
+    "PNDMScheduler": DDPM_BETAS,
+    "SASolverScheduler": DDPM_BETAS,
+    "TCDScheduler": LATENT_BETAS,
+    "UniPCMultistepScheduler": DDPM_BETAS,
+}
+
+MOST = 100_000  # of a whole number in an option: some are sizes of what is allocated
 
 # Options of a scheduler_config.json that are read, here or by the samplers.
 READ = {
@@ -42,37 +62,51 @@ READ = {
     "steps_offset",
     "timestep_spacing",
     "trained_betas",
+    "use_beta_sigmas",
+    "use_exponential_sigmas",
     "use_karras_sigmas",
 }
-# Options that change the result: only these values are supported.
+# Options that change what the network is told: only these values are supported.
 FIXED: dict[str, tuple[Any, ...]] = {
+    "shift_terminal": (None,),
+    "timestep_type": ("discrete",),
+    "use_dynamic_shifting": (False,),
+    "use_flow_sigmas": (False,),
+}
+# Options of a method alone, and the values that the samplers of this package honour. With another one, the method of
+# a model's folder is diffusers' own class (schedulers.py).
+METHOD: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++",),
+    "disable_corrector": ([],),
     "euler_at_final": (False,),
     "interpolation_type": ("linear",),
     "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
     "lower_order_final": (True,),
+    "predict_x0": (True,),
     "sigma_max": (None,),
     "sigma_min": (None,),
     "solver_order": (2,),
-    "solver_type": ("midpoint",),
+    "solver_p": (None,),
+    "solver_type": ("midpoint", "bh2"),
     "thresholding": (False,),
-    "timestep_type": ("discrete",),
-    "use_beta_sigmas": (False, None),
-    "use_dynamic_shifting": (False,),
-    "use_exponential_sigmas": (False, None),
-    "use_flow_sigmas": (False,),
     "use_lu_lambdas": (False,),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
-# Options without an effect here, and why.
+# Options without an effect on the samplers of this package, and why; diffusers' classes are given theirs.
 IGNORED = {
     "clip_sample": "latents have no bounds to clip to; diffusers' StableDiffusionPipeline switches it off too",
     "clip_sample_range": "belongs to clip_sample",
-    "dynamic_thresholding_ratio": "belongs to thresholding, which is refused",
+    "corrector_order": "belongs to SASolverScheduler alone",
+    "dynamic_thresholding_ratio": "belongs to thresholding",
     "flow_shift": "belongs to use_flow_sigmas, which is refused",
-    "sample_max_value": "belongs to thresholding, which is refused",
-    "skip_prk_steps": "belongs to the PNDM solver; the schedule is the same without it",
+    "noise_sampler_seed": "every picture has a generator of its own",
+    "original_inference_steps": "belongs to LCMScheduler and TCDScheduler alone",
+    "predictor_order": "belongs to SASolverScheduler alone",
+    "sample_max_value": "belongs to thresholding",
+    "skip_prk_steps": "belongs to PNDMScheduler; the schedule is the same without it",
+    "tau_func": "belongs to SASolverScheduler alone",
     "time_shift_type": "belongs to use_dynamic_shifting, which is refused",
+    "timestep_scaling": "belongs to LCMScheduler and TCDScheduler alone",
 }
 
 
@@ -116,16 +150,16 @@ class NoiseSchedule:
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
         """Read diffusers' scheduler_config.json of any class in SCHEDULERS.
 
-        Strict: an option is read, or fixed to the supported values, or ignored for a stated reason; GazeError names
-        an unknown or unsupported option and its value. The betas belong to the model, so they come from the
-        defaults of the class that the file names (where the file is silent), whatever sampler is used later.
+        Strict: an option is read, or fixed to the supported values, or the method's alone, or ignored for a stated
+        reason; GazeError names an unknown or unsupported option and its value. The betas belong to the model, so where
+        the file is silent they are the defaults of the class that it names, whatever sampler is used later.
         """
         check_options(config)
-        heun = config.get("_class_name") == "HeunDiscreteScheduler"  # the one class with other defaults
+        kind, start, end = SCHEDULERS.get(config.get("_class_name", ""), DDPM_BETAS)
         betas_T = betas(
-            config.get("beta_schedule", "linear"),
-            config.get("beta_start", 0.00085 if heun else 0.0001),
-            config.get("beta_end", 0.012 if heun else 0.02),
+            config.get("beta_schedule", kind),
+            config.get("beta_start", start),
+            config.get("beta_end", end),
             config.get("num_train_timesteps", 1000),
             config.get("trained_betas"),
         )
@@ -158,7 +192,7 @@ class NoiseSchedule:
 
 
 def check_options(config: dict[str, Any]) -> None:
-    """Raise GazeError for the first option of a scheduler_config.json that would not be honoured."""
+    """Raise GazeError for the first option of a scheduler_config.json that no sampler could honour."""
     name = config.get("_class_name")
     if name is not None and name not in SCHEDULERS:
         raise GazeError(f"scheduler class {name!r} is not supported: other noise, or an unknown one",
@@ -166,7 +200,9 @@ def check_options(config: dict[str, Any]) -> None:
     choices = FIXED | {"prediction_type": PREDICTION_TYPES, "timestep_spacing": SPACINGS}
     choices |= {"final_sigmas_type": ("zero", "sigma_min")}
     for option, value in config.items():
-        if option.startswith("_") or option in IGNORED:
+        if isinstance(value, int) and abs(value) > MOST:
+            raise GazeError(f"scheduler option {option} is out of range", f"at most {MOST}")
+        if option.startswith("_") or option in IGNORED or option in METHOD:
             continue
         if option not in READ and option not in FIXED:
             raise GazeError(f"unknown scheduler option {option!r} (value {value!r})", nearest(option, READ))
@@ -227,7 +263,36 @@ def spaced_timesteps(spacing: str, total: int, count: int, offset: int = 0) -> T
     raise GazeError(f"unknown timestep_spacing {spacing!r}", nearest(spacing, SPACINGS))
 
 
-def karras_sigmas(sigma_max: float, sigma_min: float, count: int, rho: float = 7.0) -> Tensor:
-    """`count` levels [N], float64, descending, evenly spaced in sigma^(1/rho) (Karras et al. 2022, eq. 5)."""
+def spaced_sigmas(spacing: str, sigma_max: float, sigma_min: float, count: int) -> Tensor:
+    """`count` levels [N], float64, from sigma_max down to sigma_min; one alone is sigma_max.
+
+    "karras": even in sigma^(1/7) (Karras et al. 2022, eq. 5); "exponential": even in log sigma; "beta": sigma at the
+    quantiles of the beta distribution with both shapes 0.6, close together at both ends (Lee et al. 2024).
+    """
     ramp_N = torch.linspace(0, 1, count, dtype=torch.float64)
-    return (sigma_max ** (1 / rho) + ramp_N * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    if spacing == "karras":
+        return (sigma_max ** (1 / 7) + ramp_N * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
+    if spacing == "exponential":
+        return (math.log(sigma_max) + ramp_N * math.log(sigma_min / sigma_max)).exp()
+    if spacing == "beta":
+        return sigma_max + beta_quantile(ramp_N) * (sigma_min - sigma_max)
+    raise GazeError(f"unknown spacing {spacing!r}", nearest(spacing, (*LEVEL_SPACINGS, *SPACINGS)))
+
+
+def beta_quantile(share_N: Tensor, shape: float = 0.6) -> Tensor:
+    """The quantiles, float64 [N], of shares in [0, 1] of the symmetric beta distribution with both shapes `shape`.
+
+    Its distribution function is a power series that converges fast up to 1/2 (Abramowitz & Stegun 26.5.4), and
+    symmetric around that; it is inverted by bisection.
+    """
+    order_K = torch.arange(60, dtype=torch.float64)
+    factors_K = ((order_K[1:] - shape) / order_K[1:]).cumprod(0)
+    terms_K = torch.cat([torch.ones(1, dtype=torch.float64), factors_K]) / (shape + order_K)
+    norm = math.gamma(2 * shape) / math.gamma(shape) ** 2
+    lower_N = torch.minimum(share_N, 1 - share_N)
+    low_N, high_N = torch.zeros_like(lower_N), torch.full_like(lower_N, 0.5)
+    for _ in range(60):
+        middle_N = (low_N + high_N) / 2
+        below = norm * middle_N**shape * (middle_N[:, None] ** order_K @ terms_K) < lower_N
+        low_N, high_N = torch.where(below, middle_N, low_N), torch.where(below, high_N, middle_N)
+    return torch.where(share_N < 0.5, high_N, 1 - high_N).where((share_N > 0) & (share_N < 1), share_N)

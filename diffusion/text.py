@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,19 @@ from torch import Tensor
 from .clip import CLIPText
 from .condition import Condition
 from .errors import GazeError
+from .prompts import parse
 from .tokenizer import Tokenizer
+
+MOST_CHUNKS = 16
+EMPTY: tuple[list[int], list[float]] = ([], [])  # a chunk without words
+
+
+class Reading(NamedTuple):
+    """A prompt as a text encoder reads it. chunks: the ids and weights of each, start and end left out; at least one.
+    dropped: the end of the prompt, beyond the last chunk there may be, "" for none."""
+
+    chunks: tuple[tuple[list[int], list[float]], ...]
+    dropped: str
 
 
 class TextEncoder:
@@ -50,11 +63,35 @@ class TextEncoder:
         """Token ids BS, cut and padded to the window as diffusers does."""
         return self.tokenizer.tokens(prompts, self.window)
 
-    def encode(self, prompts: Sequence[str]) -> Condition:
-        """Prompts -> their condition, one row each."""
-        device = self.model.final_layer_norm.weight.device
-        return Condition(self.model(self.tokens(prompts).to(device)))
+    def read(self, prompt: str) -> Reading:
+        """A prompt of any length in chunks of the window, its weights as in `prompts`."""
+        inside = self.window - 2
+        rows: list[tuple[list[int], list[float]]] = []
+        left: list[str] = []
+        for part in parse(prompt):
+            ids, begins = self.tokenizer.split(part.text)
+            weights = part.weights_at(begins)
+            for start in range(0, max(len(ids), 1), inside):
+                if len(rows) < MOST_CHUNKS:
+                    rows.append((ids[start : start + inside], weights[start : start + inside]))
+                else:
+                    left.append(part.text[begins[start] :].strip() if ids else "")
+                    break
+        return Reading(tuple(rows), " ".join(filter(None, left)))
 
-    def dropped(self, prompt: str) -> str:
-        """The end of the prompt that does not fit the window, "" if all of it does."""
-        return self.tokenizer.dropped(prompt, self.window)
+    def encode(self, prompts: Sequence[str], chunks: int = 1) -> Condition:
+        """Prompts -> their condition, one row each, all as long as the longest and at least of so many chunks: empty
+        ones follow a shorter prompt.
+
+        A token of weight w has its states moved from those of an empty chunk by w times the way to its own: 0 is as if
+        nothing stood there, 1 changes nothing, to the bit.
+        """
+        readings = [self.read(prompt) for prompt in prompts]
+        count = max(chunks, *(len(reading.chunks) for reading in readings))
+        rows = [chunk for reading in readings for chunk in reading.chunks + (EMPTY,) * (count - len(reading.chunks))]
+        tokens = torch.tensor([self.tokenizer.framed(ids, self.window) for ids, _ in [*rows, EMPTY]])
+        states_BSE = self.model(tokens.to(self.model.final_layer_norm.weight.device))
+        states_BSE, empty_SE = states_BSE[:-1], states_BSE[-1]
+        framed = [[1.0, *weights] + [1.0] * (self.window - 1 - len(weights)) for _, weights in rows]
+        states_BSE = torch.lerp(empty_SE, states_BSE, torch.tensor(framed).to(states_BSE)[:, :, None])
+        return Condition(states_BSE.unflatten(0, (-1, count)).flatten(1, 2))

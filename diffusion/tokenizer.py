@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,17 +80,26 @@ class Tokenizer:
 
     def tokens(self, prompts: Sequence[str], window: int) -> Tensor:
         """Token ids BS: start, the prompt as far as it fits, end, then padding up to the window S."""
-        rows = [[self.start, *self._encode(prompt).ids[: window - 2], self.end] for prompt in prompts]
-        return torch.tensor([row + [self.pad] * (window - len(row)) for row in rows])
+        return torch.tensor([self.framed(self.split(prompt)[0][: window - 2], window) for prompt in prompts])
 
-    def dropped(self, prompt: str, window: int) -> str:
-        """The end of the prompt that does not fit the window, "" if all of it does."""
-        offsets = self._encode(prompt).offsets[window - 2 :]
-        return prompt[offsets[0][0] :].strip() if offsets else ""
+    def framed(self, ids: Sequence[int], window: int) -> list[int]:
+        """Start, up to window - 2 ids, end, then padding up to the window."""
+        row = [self.start, *ids, self.end]
+        return row + [self.pad] * (window - len(row))
 
-    def _encode(self, prompt: str) -> Any:
+    def padded_with(self, index: int) -> Tokenizer:
+        """The same words, with this token id as the one that fills prompts; other added tokens are left out."""
+        words = json.loads(self.backend.to_str())["model"]
+        merges = [(left, right) for left, right in (_pair(pair) for pair in words["merges"])]
+        return Tokenizer(
+            words["vocab"], merges, self.window, {**self.roles, "pad_token": str(self.backend.id_to_token(index))}
+        )
+
+    def split(self, text: str) -> tuple[list[int], list[int]]:
+        """The ids of a text without start and end, and where in the text the characters of each begin."""
         # A shell makes surrogates of bytes that are not UTF-8, and tokenizers refuses them: "?" instead.
-        return self.backend.encode(prompt.encode("utf-8", "replace").decode(), add_special_tokens=False)
+        encoding = self.backend.encode(text.encode("utf-8", "replace").decode(), add_special_tokens=False)
+        return encoding.ids, [begin for begin, _ in encoding.offsets]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Tokenizer:

@@ -87,6 +87,9 @@ class UNetConfig(Config):
     }
 
     def __post_init__(self) -> None:
+        self.check_positive(
+            "block_out_channels", "in_channels", "out_channels", "cross_attention_dim", "norm_num_groups"
+        )
         levels, groups = len(self.block_out_channels), self.norm_num_groups
         for option, known in (
             ("down_block_types", {"DownBlock2D", "CrossAttnDownBlock2D"}),
@@ -97,6 +100,8 @@ class UNetConfig(Config):
         for option in ("layers_per_block", "transformer_layers_per_block", "attention_head_dim"):
             self.check(len(self.per_level(option)) == levels, option, f"there are {levels} block_out_channels")
             self.check(min(self.per_level(option)) > 0, option, "it must be at least 1")
+        sizes = zip(self.per_level("layers_per_block"), self.per_level("transformer_layers_per_block"), strict=True)
+        self.check_blocks(sum(depth * (2 * layers + 1) for layers, depth in sizes), "layers_per_block")
         divides = all(channels % groups == 0 for channels in self.block_out_channels)
         self.check(divides, "block_out_channels", f"norm_num_groups, {groups}, must divide each")
         ways = zip(self.down_block_types, reversed(self.up_block_types), strict=True)
@@ -106,7 +111,8 @@ class UNetConfig(Config):
         divides = all(channels % heads == 0 for attending, channels, heads in shares if attending)
         self.check(divides, "attention_head_dim", "this is the number of heads and must divide block_out_channels")
         self.check(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "only text_time is known")
-        width_known = self.addition_embed_type is None or self.projection_class_embeddings_input_dim is not None
+        width = self.projection_class_embeddings_input_dim
+        width_known = self.addition_embed_type is None or (width is not None and width > 0)
         self.check(width_known, "projection_class_embeddings_input_dim", "text_time needs the width of its vector")
 
     def per_level(self, option: str) -> tuple[int, ...]:

@@ -3,16 +3,11 @@
 Each command imports what it needs when it runs: torch takes seconds to import, and a help page should not.
 """
 
-import gc
 import json
 import os
-import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -20,9 +15,28 @@ import typer
 from diffusion.errors import GazeError
 from pipelines import __version__
 
+from .options import (
+    Cfg,
+    Debug,
+    Json,
+    ModelFolder,
+    ModelPath,
+    PredictionType,
+    Scheduler,
+    Size,
+    Spacing,
+    Steps,
+    TokenizerFolder,
+    interval_of,
+    lines_of,
+    no_collection,
+    progress,
+    size_of,
+)
+
 app = typer.Typer(
     name="gaze",
-    help="Pictures from words: make them, score a model, measure its speed.",
+    help="Pictures from words: make them, score a model, measure its speed, convert and inspect models.",
     epilog="To train a model: accelerate launch -m train CONFIG",
     no_args_is_help=True,
     add_completion=False,
@@ -34,31 +48,10 @@ evaluate = typer.Typer(help="Score a model.", no_args_is_help=True, rich_markup_
 app.add_typer(evaluate, name="evaluate")
 
 
-def _set_debug(wanted: bool) -> None:
-    if wanted:
-        os.environ["GAZE_DEBUG"] = "1"
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"gaze {__version__}")
         raise typer.Exit
-
-
-Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-ModelFolder = Annotated[
-    str | None, typer.Option("--model", metavar="FOLDER", help="A diffusers model folder. [default: the shipped model]")
-]
-Scheduler = Annotated[str | None, typer.Option("--scheduler", metavar="NAME", help="euler, heun, dpmpp_2m, ddim, ...")]
-Steps = Annotated[
-    int | None, typer.Option("--steps", "--num-inference-steps", min=1, metavar="N", help="Steps of the scheduler.")
-]
-Cfg = Annotated[
-    float | None,
-    typer.Option("--cfg", "--guidance-scale", metavar="X", help="Weight of the prompt; 1 turns guidance off."),
-]
-Size = Annotated[str | None, typer.Option("--size", metavar="W[xH]", help="Pixels: 64, or 64x96 (width x height).")]
 
 
 @app.callback()
@@ -92,8 +85,18 @@ def generate(
     steps: Steps = None,
     cfg: Cfg = None,
     negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to keep away from.")] = None,
+    guidance_rescale: Annotated[
+        float, typer.Option(min=0, max=1, metavar="X", help="Share brought back to natural contrast.")
+    ] = 0.0,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Noise levels with guidance, such as 0.2:5. [default: all]")
+    ] = None,
+    apg: Annotated[bool, typer.Option("--apg", help="Adaptive projected guidance: less saturated.")] = False,
     scheduler: Scheduler = None,
-    model: ModelFolder = None,
+    spacing: Spacing = None,
+    model: ModelPath = None,
+    tokenizer: TokenizerFolder = None,
+    prediction_type: PredictionType = None,
     size: Size = None,
     sheet: Annotated[str | None, typer.Option(metavar="FILE", help="All pictures, labelled, in one PNG.")] = None,
     columns: Annotated[int, typer.Option(min=1, metavar="N", help="Columns of the sheet.")] = 8,
@@ -108,10 +111,11 @@ def generate(
 
     from pipelines.files import check_writable, plan_paths, png_path
 
-    texts = [text for text in [*(prompt or []), *_lines(prompts)] for _ in range(n)]
+    texts = [text for text in [*(prompt or []), *lines_of(prompts)] for _ in range(n)]
     if not texts:
         raise typer.BadParameter("no prompt was given", param_hint="'PROMPT'")
-    width, height = _size(size)
+    width, height = size_of(size)
+    interval = interval_of(guidance_interval)
     first = random.SystemRandom().randrange(2**32) if seed is None else seed
     seeds = [first + index for index in range(len(texts))]
     sheet_path = None if sheet is None else png_path(sheet)
@@ -120,14 +124,14 @@ def generate(
     # A sheet alone is enough; single files are written beside it when -o says where.
     paths = plan_paths(out, texts, seeds) if sheet_path is None or out is not None else None
 
-    with _no_collection():
+    with no_collection():
         from pipelines import TextToImage
         from pipelines.images import grid, save_png
 
-        pipe = TextToImage.from_pretrained(model)
+        pipe = TextToImage.from_pretrained(model, tokenizer, prediction_type)
     pictures: list[dict[str, Any]] = []
     images: list[Any] = []
-    with _progress() as advance:
+    with progress() as advance:
         for start in range(0, len(texts), batch_size):
             chunk = texts[start : start + batch_size]
             begin = time.perf_counter()
@@ -136,8 +140,12 @@ def generate(
                 negative_prompt=negative_prompt,
                 num_inference_steps=steps,
                 guidance_scale=cfg,
+                guidance_rescale=guidance_rescale,
+                guidance_interval=interval,
+                projected_guidance=apg,
                 seed=first + start,
                 scheduler=scheduler,
+                spacing=spacing,
                 height=height,
                 width=width,
             ):
@@ -164,57 +172,27 @@ def generate(
         print(f"{sheet_path}  seeds {seeds[0]} to {seeds[-1]}  {seconds:.2f} s")
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """For imports: they make a million objects that stay, and the collector would look through all of them for garbage
-    again and again, also at the end of the process."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def _without_file(picture: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in picture.items() if key not in ("path", "seconds")}
 
 
-def _lines(file: str | None) -> list[str]:
-    """The prompts of a text file: its lines that are not blank."""
-    if file is None:
-        return []
-    try:
-        lines = Path(file).read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise GazeError(
-            f"prompts file {file!r} cannot be read: {error}", "a UTF-8 text file, one prompt a line"
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
+@app.command(short_help="List every scheduler.")
+def schedulers(as_json: Json = False, debug: Debug = False) -> None:
+    """List every scheduler: order, network calls for n steps, whether it adds noise, the models it fits. Those with a
+    class are diffusers', which go by the class's name too; NAME:KEY=VALUE,KEY=VALUE sets options of the class."""
+    from diffusion.schedulers import table
 
-
-def _size(size: str | None) -> tuple[int | None, int | None]:
-    """Width and height of "64" or "64x96"; None where the model decides."""
-    if size is None:
-        return None, None
-    match = re.fullmatch(r"(\d{1,5})(?:[x×](\d{1,5}))?", size.strip().lower())
-    if match is None:
-        raise typer.BadParameter(f"{size!r} is not a size such as 64 or 64x96 (width x height)", param_hint="'--size'")
-    return int(match[1]), int(match[2] or match[1])
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """A function that moves a bar on stderr to a fraction of the whole; on anything but a terminal it does nothing."""
-    if not sys.stderr.isatty():
-        yield lambda fraction: None
+    rows = table()
+    if as_json:
+        print(json.dumps(rows))
         return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=1.0)
-        yield lambda fraction: bar.update(task, completed=fraction)
+    print(f"{'name':<32}{'order':<7}{'calls':<8}{'noise':<7}{'prediction types':<34}diffusers class")
+    for row in rows:
+        needs = f" (needs {row['needs']})" if row["needs"] else ""
+        print(
+            f"{row['name']:<32}{row['order']:<7}{row['calls']:<8}{'yes' if row['stochastic'] else 'no':<7}"
+            f"{', '.join(row['prediction_types']):<34}{row['class']}{needs}"
+        )
 
 
 @evaluate.command()
@@ -238,7 +216,7 @@ def retrieval(
     from pipelines import TextToImage
     from pipelines.evaluation import evaluate_retrieval
 
-    with _progress() as advance:
+    with progress() as advance:
         report = evaluate_retrieval(
             TextToImage.from_pretrained(model),
             data,
@@ -281,7 +259,7 @@ def benchmark(
     """Time one picture here against diffusers' pipeline: same weights, noise, steps, guidance, dtype, interleaved."""
     from pipelines.benchmark import compare, table
 
-    width, height = _size(size)
+    width, height = size_of(size)
     report = compare(
         model,
         prompt=prompt,
@@ -294,6 +272,53 @@ def benchmark(
         pairs=pairs,
         cold_pairs=cold_pairs,
     )
+    print(json.dumps(report) if as_json else table(report))
+
+
+@app.command(short_help="Model folder <-> single file.")
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="A model folder, or a .safetensors file.")],
+    target: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file, or a folder.")],
+    tokenizer: TokenizerFolder = None,
+    prediction_type: PredictionType = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="NAME", help="float32, float16 or bfloat16. [default: as in IN]")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Convert a model between a diffusers folder and one file in the original key layout of Stable Diffusion 1.x, 2.x
+    or XL. Safetensors only; OUT is written whole or not at all."""
+    import torch
+
+    from diffusion.convert import convert as convert_model
+
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if dtype is not None and dtype not in dtypes:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(dtypes)}", param_hint="'--dtype'")
+    wanted = None if dtype is None else dtypes[dtype]
+    structure = convert_model(source, target, tokenizer, prediction_type, wanted)
+    report = {"path": target, "structure": structure.family.name, **structure.schedule}
+    print(json.dumps(report) if as_json else f"{target}  {structure.family.name}, {report['prediction_type']}")
+
+
+@app.command(short_help="What a model is and what it costs.")
+def inspect(
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="MODEL", help="Model folder or .safetensors file. [default: the shipped model]"),
+    ] = None,
+    size: Size = None,
+    prediction_type: PredictionType = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Print a model's structure, parameters, prediction type, FLOPs of a U-Net forward and memory at a size."""
+    from pipelines.inspection import inspect as inspect_model
+    from pipelines.inspection import table
+
+    width, height = size_of(size)
+    report = inspect_model(model, height, width, prediction_type)
     print(json.dumps(report) if as_json else table(report))
 
 

@@ -61,8 +61,18 @@ def compare(
             f"scheduler {scheduler!r} cannot be compared picture by picture", nearest(scheduler, DIFFUSERS_CLASS)
         )
     folder = str(DEFAULT_MODEL if folder is None else folder)
+    if Path(folder).is_file():
+        raise GazeError(f"{folder} is a single file, and the comparison opens folders", f"gaze convert {folder} FOLDER")
     gaze = TextToImage.from_pretrained(folder)
-    request = Request(prompt, None, num_inference_steps, guidance_scale, seed, 1, scheduler, height, width)
+    request = Request(
+        prompt,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        scheduler=scheduler,
+        height=height,
+        width=width,
+    )
     plan = gaze.plan(request)
     autoencoder = gaze.model.autoencoder
     shape = (1, autoencoder.latent_channels, plan.height // autoencoder.factor, plan.width // autoencoder.factor)

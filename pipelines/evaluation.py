@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.errors import GazeError, nearest
+from diffusion.prompts import escape
 
 from .images import to_rgb, to_tensor
 
@@ -79,7 +80,12 @@ def evaluate_retrieval(
     settings: dict[str, Any] = {}
     for start in range(0, len(asked), batch):
         names = [truth.name for truth in asked[start : start + batch]]
-        result = pipe(names, seed=seed + start, num_inference_steps=steps, guidance_scale=guidance_scale)
+        result = pipe(
+            [escape(name) for name in names],
+            seed=seed + start,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+        )
         settings = settings or result.settings[0]
         made_BP = torch.stack([pool(image) for image in result.images])
         found += [truths[i] for i in torch.cdist(made_BP, true_NP).argmin(dim=1).tolist()]

@@ -103,6 +103,28 @@ def test_both_names_of_an_option(gaze, model):
     assert Path("long.png").read_bytes() == Path("short.png").read_bytes()
 
 
+def test_every_scheduler_is_listed(gaze):
+    code, out, err = gaze("schedulers")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].split()[:4] == ["name", "order", "calls", "noise"]
+    assert any(line.split()[:4] == ["dpmpp_2m", "2", "n", "no"] for line in lines)
+    assert any(line.startswith("deis") and line.endswith("DEISMultistepScheduler") for line in lines)
+    code, out, _ = gaze("schedulers", "--json")
+    rows = json.loads(out)
+    assert len(rows) == len(lines) - 1
+    assert {"name", "class", "order", "calls", "stochastic", "prediction_types", "needs"} == rows[0].keys()
+
+
+def test_a_scheduler_with_options_and_a_spacing(gaze, model):
+    common = ("generate", "cat", "--model", model, "--seed", 0, "--steps", 3)
+    assert gaze(*common, "--scheduler", "deis:solver_order=3", "--spacing", "karras", "-o", "a.png")[0] == 0
+    settings = read_settings("a.png")
+    assert (settings["scheduler"], settings["spacing"]) == ("deis:solver_order=3", "karras")
+    assert gaze(*common, "--scheduler", "deis", "-o", "b.png")[0] == 0
+    assert pixels("a.png") != pixels("b.png")
+
+
 def test_json_is_one_document_and_batches_change_nothing(gaze, model):
     common = ["generate", "cat", "dog", "-n", 2, "--model", model, "--seed", 4, "--steps", 2, "--json"]
     code, out, _ = gaze(*common, "-o", "a-{i}.png", "--batch-size", 3)
@@ -149,7 +171,7 @@ def test_odd_prompts_make_a_picture_that_knows_them(gaze, model, prompt):
 
 @pytest.mark.filterwarnings("default:the prompt is longer")
 def test_what_the_model_cannot_read_is_shown(gaze, model):
-    code, _, err = gaze("generate", "cat " * 30 + "zebra", "--model", model, "--steps", 1)
+    code, _, err = gaze("generate", "cat " * 1000 + "zebra", "--model", model, "--steps", 1)
     assert code == 0
     assert err.startswith("warning: ")
     assert "zebra" in err

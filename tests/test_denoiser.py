@@ -8,6 +8,7 @@ import torch
 from diffusion import UNet, UNetConfig
 from diffusion.condition import Condition, join
 from diffusion.denoiser import Denoiser
+from diffusion.guidance import Guidance, classifier_free, projected, rescaled
 from diffusion.noise import PREDICTION_TYPES, NoiseSchedule, scaling
 from diffusion.samplers import SAMPLERS
 
@@ -68,7 +69,7 @@ def test_guided_equals_two_plain_calls(prediction_type, vector, empty_rows):
     unet, levels = real_unet(vector), schedule(prediction_type)
     positive, negative = condition(PICTURES, 0, vector=vector), condition(empty_rows, 1, vector=vector)
     sigmas = torch.tensor([3.0, 0.7, 0.0], dtype=torch.float64)
-    denoise = Denoiser(unet, levels, positive, negative, 7.5, sigmas)
+    denoise = Denoiser(unet, levels, positive, negative, Guidance(7.5), sigmas)
     for sigma in (3.0, 0.7, 1.234):  # the last is not among the levels announced
         x = picture() * math.hypot(1, sigma)
         c_skip, c_out, c_in = scaling(prediction_type, torch.tensor(sigma, dtype=torch.float64))
@@ -89,11 +90,11 @@ def test_pictures_do_not_depend_on_the_batch(vector):
     unet, levels = real_unet(vector), schedule()
     prompts, empty = condition(PICTURES, 0, vector=vector), condition(1, 1, vector=vector)
     x = picture()
-    together = Denoiser(unet, levels, prompts, empty, 5.0)(x, 1.0)
+    together = Denoiser(unet, levels, prompts, empty, Guidance(5.0))(x, 1.0)
     for i in range(PICTURES):
         vector_1V = None if vector is None else prompts.vector_BV[i : i + 1]
         one = Condition(prompts.context_BSE[i : i + 1], vector_1V)
-        torch.testing.assert_close(Denoiser(unet, levels, one, empty, 5.0)(x[i : i + 1], 1.0)[0], together[i],
+        torch.testing.assert_close(Denoiser(unet, levels, one, empty, Guidance(5.0))(x[i : i + 1], 1.0)[0], together[i],
                                    rtol=1e-5, atol=1e-5)  # fmt: skip
 
 
@@ -101,13 +102,13 @@ def test_pictures_do_not_depend_on_the_batch(vector):
 def test_guidance_off_costs_one_batch(empty, scale, rows):
     net = LinearNet()
     negative = condition(1, 1) if empty else None
-    Denoiser(net, schedule(), condition(PICTURES), negative, scale)(picture(), 1.0)
+    Denoiser(net, schedule(), condition(PICTURES), negative, Guidance(scale))(picture(), 1.0)
     assert net.rows == [rows * PICTURES]
 
 
 def test_no_weight_on_the_empty_prompt_at_scale_one():
     net, x = LinearNet(), picture()
-    guided = Denoiser(net, schedule(), condition(PICTURES), condition(1, 1), 1.0)(x, 2.0)
+    guided = Denoiser(net, schedule(), condition(PICTURES), condition(1, 1), Guidance(1.0))(x, 2.0)
     assert torch.equal(guided, Denoiser(net, schedule(), condition(PICTURES))(x, 2.0))
 
 
@@ -117,7 +118,7 @@ def test_text_and_time_are_computed_once(name, vector):
     net, levels, method = LinearNet(), schedule(), SAMPLERS[name]
     sigmas = method.sigmas(levels, 6)
     prompts, empty = condition(PICTURES, vector=vector), condition(1, 1, vector=vector)
-    denoise = Denoiser(net, levels, prompts, empty, 2.0, sigmas)
+    denoise = Denoiser(net, levels, prompts, empty, Guidance(2.0), sigmas)
     noise = picture
     steps = list(method.run(denoise, noise(), sigmas, noise))
     assert net.projections == 1
@@ -132,11 +133,51 @@ def test_rows_of_the_time_table_belong_to_their_prompts():
     net, levels = LinearNet(), schedule()
     prompts, empty = condition(PICTURES, 0, vector=4), condition(PICTURES, 1, vector=4)
     sigmas = [3.0, 1.0, 0.5]
-    denoise = Denoiser(net, levels, prompts, empty, 2.0, sigmas)
+    denoise = Denoiser(net, levels, prompts, empty, Guidance(2.0), sigmas)
     for sigma in sigmas:
         timestep = levels.timestep(torch.tensor([sigma], dtype=torch.float64))
         expected = (timestep / 1000).float() + join([empty, prompts]).vector_BV
-        assert torch.equal(denoise.shifts[sigma][0], expected)
+        assert torch.equal(denoise.both.shifts[sigma][0], expected)
+
+
+def test_outside_the_interval_the_prompt_is_alone_at_half_the_cost():
+    net, levels = LinearNet(), schedule()
+    prompts, empty, x = condition(PICTURES), condition(1, 1), picture()
+    sigmas = [9.0, 5.0, 1.0, 0.2, 0.1, 0.0]
+    denoise = Denoiser(net, levels, prompts, empty, Guidance(3.0, interval=(0.2, 5.0)), sigmas)
+    alone, guided = Denoiser(net, levels, prompts), Denoiser(net, levels, prompts, empty, Guidance(3.0))
+    for sigma, inside in zip(sigmas[:-1], (False, True, True, False, False), strict=True):
+        net.rows.clear()
+        clean = denoise(x, sigma)
+        assert net.rows == [PICTURES * (1 + inside)]
+        assert torch.equal(clean, (guided if inside else alone)(x, sigma))
+
+
+def test_rescale_acts_on_the_networks_output():
+    net, levels, x = LinearNet(), schedule("v_prediction"), picture()
+    prompts, empty = condition(PICTURES), condition(1, 1)
+    clean = Denoiser(net, levels, prompts, empty, Guidance(6.0, rescale=0.7))(x, 2.0)
+    c_skip, c_out, c_in = scaling("v_prediction", torch.tensor(2.0, dtype=torch.float64))
+    shifts = net.embed_time(levels.timestep(torch.tensor([2.0])))
+    uncond, cond = (
+        net.denoise(c_in * x, shifts, net.project_context(c.expand(PICTURES).context_BSE)) for c in (empty, prompts)
+    )
+    expected = rescaled(classifier_free(uncond, cond, 6.0), cond, 0.7)
+    torch.testing.assert_close(clean, c_skip * x + c_out * expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_projected_guidance_acts_on_clean_pictures_and_sums_differences(prediction_type):
+    net, levels = LinearNet(), schedule(prediction_type)
+    prompts, empty = condition(PICTURES), condition(1, 1)
+    denoise = Denoiser(net, levels, prompts, empty, Guidance(4.0, projected=True, eta=0.3, norm=2.0, momentum=-0.5))
+    positive, negative = Denoiser(net, levels, prompts), Denoiser(net, levels, empty.expand(PICTURES))
+    running = 0.0
+    for seed, sigma in enumerate((8.0, 3.0, 0.5)):
+        x = picture() * (1 + seed)
+        cond = positive(x, sigma)
+        running = cond - negative(x, sigma) - 0.5 * running
+        torch.testing.assert_close(denoise(x, sigma), projected(cond, running, 4.0, 0.3, 2.0), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

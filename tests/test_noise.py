@@ -3,12 +3,22 @@
 import math
 
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion.errors import GazeError
-from diffusion.noise import PREDICTION_TYPES, SPACINGS, NoiseSchedule, karras_sigmas, scaling, spaced_timesteps
+from diffusion.noise import (
+    LEVEL_SPACINGS,
+    PREDICTION_TYPES,
+    SPACINGS,
+    NoiseSchedule,
+    beta_quantile,
+    scaling,
+    spaced_sigmas,
+    spaced_timesteps,
+)
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = {**LATENT, "rescale_betas_zero_snr": True}
@@ -106,10 +116,30 @@ def test_spacings_have_the_count_and_stay_inside(total, share, spacing):
 
 
 def test_karras_levels():
-    sigmas = karras_sigmas(14.6, 0.03, 9)
+    sigmas = spaced_sigmas("karras", 14.6, 0.03, 9)
     assert sigmas[[0, -1]].tolist() == pytest.approx([14.6, 0.03])
     assert sigmas[4].item() == pytest.approx(((14.6 ** (1 / 7) + 0.03 ** (1 / 7)) / 2) ** 7)
-    assert karras_sigmas(14.6, 0.03, 1).tolist() == pytest.approx([14.6])
+
+
+@pytest.mark.parametrize("spacing", LEVEL_SPACINGS)
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+def test_levels_go_from_end_to_end(spacing, count):
+    sigmas = spaced_sigmas(spacing, 14.6, 0.03, count)
+    assert sigmas.shape == (count,)
+    assert sigmas[0].item() == pytest.approx(14.6)
+    assert count == 1 or sigmas[-1].item() == pytest.approx(0.03)
+    assert (sigmas.diff() < 0).all()
+    with pytest.raises(GazeError, match=spacing):
+        spaced_sigmas(f"{spacing}s", 14.6, 0.03, count)
+
+
+def test_exponential_and_beta_levels():
+    ratios = spaced_sigmas("exponential", 16.0, 1.0, 5)
+    assert ratios.tolist() == pytest.approx([16, 8, 4, 2, 1])
+    for shape in (0.6, 0.3, 0.9):
+        shares = torch.linspace(0, 1, 101, dtype=torch.float64)
+        exact = scipy.stats.beta.ppf(shares.numpy(), shape, shape)
+        assert beta_quantile(shares, shape).tolist() == pytest.approx(exact.tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +147,7 @@ def test_karras_levels():
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["FlowMatchEulerDiscreteScheduler", "EulerDiscrete"]),
         ({"beta_strat": 0.1}, ["beta_strat", "0.1", "beta_start"]),
-        ({"solver_order": 3}, ["solver_order", "3"]),
+        ({"use_flow_sigmas": True}, ["use_flow_sigmas", "True"]),
         ({"timestep_type": "continuous"}, ["timestep_type", "continuous", "discrete"]),
         ({"prediction_type": "flow_prediction"}, ["prediction_type", "flow_prediction", "epsilon"]),
         ({"timestep_spacing": "log"}, ["timestep_spacing", "log", "leading"]),
@@ -126,6 +156,8 @@ def test_karras_levels():
         ({"beta_start": 0.0}, ["betas"]),
         ({"trained_betas": [0.5, 1.5]}, ["betas"]),
         ({"num_train_timesteps": 0}, ["betas"]),
+        ({"num_train_timesteps": 10**12}, ["num_train_timesteps", "out of range"]),
+        ({"solver_order": 10**9}, ["solver_order", "100000"]),
     ],
 )
 def test_config_errors_name_option_and_value(config, words):

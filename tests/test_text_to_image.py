@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from diffusion.errors import GazeError
+from diffusion.text import MOST_CHUNKS
 from pipelines import TextToImage
 from pipelines.images import to_tensor
 from tests.small_pipeline import LATENTS, SIZE, WINDOW, small_pipeline
@@ -157,17 +158,71 @@ def test_defaults_are_the_models_then_diffusers(pipe, monkeypatch):
     assert settings(guidance_scale=2, scheduler="euler")["guidance_scale"] == 2.0
 
 
-def test_what_does_not_fit_the_window_is_reported(pipe):
-    long = "x" * (WINDOW - 2) + " red dog"
-    with pytest.warns(UserWarning, match="ignored: 'red dog'"):
-        result = pipe(long, **FEW)
-    assert result.dropped == ["red dog"]
+def test_a_long_prompt_is_read_in_chunks_and_the_rest_reported(pipe):
+    inside = WINDOW - 2
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert pipe("x" * (WINDOW - 2), **FEW).dropped == []
-        assert pipe("cat", negative_prompt=long, **FEW | {"guidance_scale": 1}).dropped == []
-    with pytest.warns(UserWarning, match="red dog"):
-        assert pipe("cat", negative_prompt=long, **FEW).dropped == ["red dog"]
+        long = pipe("x" * inside + " red dog", **FEW)
+        assert difference(long.pixels_BCHW, pipe("x" * inside, **FEW).pixels_BCHW) > 1e-3
+        assert long.dropped == []
+    too_long = "x" * inside * MOST_CHUNKS + " red dog"
+    with pytest.warns(UserWarning, match="ignored: 'red dog'"):
+        assert pipe(too_long, **FEW).dropped == ["red dog"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pipe("cat", negative_prompt=too_long, **FEW | {"guidance_scale": 1}).dropped == []
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler_ancestral"])
+def test_a_picture_is_the_same_beside_a_longer_prompt(pipe, scheduler):
+    prompts = ["cat", "red " * WINDOW, "dog BREAK red", "red"]
+    together = pipe(prompts, scheduler=scheduler, **FEW)
+    for i, prompt in enumerate(prompts):
+        alone = pipe(prompt, scheduler=scheduler, **FEW | {"seed": i})
+        assert difference(alone.pixels_BCHW[0], together.pixels_BCHW[i]) < 1e-4
+
+
+def test_a_weight_of_one_changes_nothing_and_others_do(pipe):
+    plain = pipe("a red cat", **FEW).pixels_BCHW
+    assert torch.equal(pipe("a (red:1.0) cat", **FEW).pixels_BCHW, plain)
+    assert torch.equal(pipe("[(a (red:1) cat:1.1)]", **FEW).pixels_BCHW, plain)
+    changed = [difference(pipe(f"a (red:{weight}) cat", **FEW).pixels_BCHW, plain) for weight in (1.05, 1.5, 3)]
+    assert 0 < changed[0] < changed[1] < changed[2]
+
+
+def test_a_weight_moves_a_words_states_between_nothing_and_more(pipe):
+    text = pipe.model.text
+    context = {w: text.encode([f"a (red:{w}) cat"]).context_BSE[0] for w in (0, 0.5, 1, 2)}
+    plain, empty = text.encode(["a red cat"]).context_BSE[0], text.encode([""]).context_BSE[0]
+    _, begins = text.tokenizer.split("a red cat")
+    red = [1 + i for i, begin in enumerate(begins) if 2 <= begin < 5]
+    others = [i for i in range(text.window) if i not in red]
+    assert torch.equal(context[1], plain)
+    assert torch.equal(context[0][red], empty[red])
+    torch.testing.assert_close(context[0.5][red], (plain + empty)[red] / 2)
+    torch.testing.assert_close(context[2][red], (2 * plain - empty)[red])
+    assert all(torch.equal(states[others], plain[others]) for states in context.values())
+
+
+def test_guidance_options_reach_the_picture_and_its_settings(pipe):
+    plain = pipe("red cat", **FEW)
+    for options, noted in (
+        ({"guidance_rescale": 0.7}, {"guidance_rescale": 0.7}),
+        ({"guidance_interval": (0.5, None)}, {"guidance_interval": [0.5, None]}),
+        ({"projected_guidance": True}, {"projected_guidance": True}),
+    ):
+        other = pipe("red cat", **options, **FEW)
+        assert difference(other.pixels_BCHW, plain.pixels_BCHW) > 1e-4
+        assert other.settings[0] == plain.settings[0] | noted
+        again = pipe(**other.settings[0])
+        assert torch.equal(again.pixels_BCHW, other.pixels_BCHW)
+    everywhere = pipe("red cat", guidance_interval=(None, None), **FEW)
+    assert torch.equal(everywhere.pixels_BCHW, plain.pixels_BCHW)
+
+
+def test_guidance_outside_its_interval_costs_nothing(pipe, calls):
+    pipe("red cat", guidance_interval=(1e6, 1e7), **FEW)
+    assert calls == [1] * 4
 
 
 def test_other_sizes_are_made(pipe):

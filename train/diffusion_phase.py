@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from diffusion.errors import GazeError
 from diffusion.noise import NoiseSchedule
 from diffusion.objective import denoising_loss, log_normal, min_snr_weight, uniform_timesteps, uniform_weight
-from diffusion.pretrained import SAMPLER_OF_CLASS, Model, save_model
+from diffusion.pretrained import Model, save_model
+from diffusion.schedulers import default_name
 from diffusion.text import TextEncoder
 from diffusion.unet import UNet, UNetConfig
 from pipelines.text_to_image import Request, TextToImage
@@ -54,7 +55,7 @@ class DiffusionPhase:
                 raise GazeError(f"model.unet.{option} is {own}, but the other parts make it {value}", "leave it out")
         unet = UNet(UNetConfig.from_diffusers(sizes | recipe.model.unet)).zero_residuals()
         schedule = NoiseSchedule.from_config(SCHEDULER | recipe.model.scheduler)
-        sampler = SAMPLER_OF_CLASS[schedule.config["_class_name"]]
+        sampler = default_name(schedule.config["_class_name"], schedule.config)
         self.model = Model(unet, self.latents.autoencoder, text, schedule, sampler, dict(recipe.model.defaults))
         self.module = _Predict(unet, text).to(device)
         objective = recipe.objective

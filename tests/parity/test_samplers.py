@@ -5,24 +5,30 @@ Everything is compared in the frame of constant variance, x / sqrt(1 + sigma^2),
 
 import inspect
 import math
+from itertools import pairwise
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
 from diffusion.errors import GazeError
 from diffusion.noise import READ, NoiseSchedule, scaling
 from diffusion.samplers import SAMPLERS, sampler
+from diffusion.schedulers import prepare
+from tests.parity.network import LATENT, Network
 
 CLASSES = {
     "ddim": diffusers.DDIMScheduler,
     "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "dpmpp_2m_sde": diffusers.DPMSolverMultistepScheduler,
     "euler": diffusers.EulerDiscreteScheduler,
     "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
     "heun": diffusers.HeunDiscreteScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
 }
-LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+OPTIONS = {"dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"}}
+ZERO_OR_LOWEST = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "unipc")
+EXPLODING = ("euler", "euler_ancestral", "heun")
 LEADING = [{"timestep_spacing": "leading", "steps_offset": offset} for offset in (0, 1)]
 TRAILING = {"timestep_spacing": "trailing"}
 LINSPACE = {"timestep_spacing": "linspace"}
@@ -30,7 +36,7 @@ LINSPACE = {"timestep_spacing": "linspace"}
 CASES = [
     *[("ddim", {**spacing, "set_alpha_to_one": one}) for spacing in (*LEADING, TRAILING) for one in (False, True)],
     *[(name, spacing) for name in CLASSES if name != "ddim" for spacing in (*LEADING, TRAILING, LINSPACE)],
-    *[(name, {**TRAILING, "final_sigmas_type": "sigma_min"}) for name in ("euler", "dpmpp_2m")],
+    *[(name, {**TRAILING, "final_sigmas_type": "sigma_min"}) for name in ZERO_OR_LOWEST],
     *[(name, {}) for name in CLASSES],
 ]
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
@@ -38,29 +44,6 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 def case_id(value):
     return "-".join(str(v) for v in value.values()) or "silent" if isinstance(value, dict) else str(value)
-
-
-class Network:
-    """A network whose picture depends on the input and, without being smooth to the eye, on the timestep.
-
-    It gets its levels from diffusers' own table and notes the timesteps that it was called with.
-    """
-
-    def __init__(self, alphas_cumprod, prediction_type):
-        signal = alphas_cumprod.double().clamp(min=1e-20)  # DDIM's is 0 at zero terminal SNR
-        self.sigmas = ((1 - signal) / signal).sqrt().numpy()
-        self.prediction_type, self.timesteps = prediction_type, []
-
-    def __call__(self, x, timestep):
-        timestep = float(timestep)
-        self.timesteps.append(timestep)
-        sigma = np.interp(timestep, np.arange(len(self.sigmas)), self.sigmas)
-        alpha, beta = 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
-        pattern = torch.linspace(-1, 1, x[0].numel()).reshape(x.shape[1:])
-        clean = torch.tanh(1.5 * x + math.sin(timestep / 40) + pattern)
-        if self.prediction_type == "epsilon":
-            return (x - alpha * clean) / beta
-        return (alpha * x - clean) / beta if self.prediction_type == "v_prediction" else clean
 
 
 def unit_noise(seed=0):
@@ -72,12 +55,12 @@ def run_diffusers(name, config, steps, prediction_type):
     """The start, x after every step, and the timesteps, from diffusers."""
     if name == "euler_ancestral" and prediction_type == "sample":
         prediction_type = "epsilon"  # its class has no "sample"; the network's picture is the same
-    scheduler = CLASSES[name].from_config({**config, "prediction_type": prediction_type})
+    scheduler = CLASSES[name].from_config({**config, **OPTIONS.get(name, {}), "prediction_type": prediction_type})
     scheduler.set_timesteps(steps)
     network = Network(scheduler.alphas_cumprod, prediction_type)
     generator = torch.Generator().manual_seed(1)
-    extra = {"generator": generator} if name == "euler_ancestral" else {}
-    exploding = name not in ("ddim", "dpmpp_2m")
+    extra = {"generator": generator} if sampler(name).stochastic else {}
+    exploding = name in EXPLODING
     x = unit_noise()() * scheduler.init_noise_sigma
     path = [x / math.hypot(1, scheduler.sigmas[0]) if exploding else x]
     for i, timestep in enumerate(scheduler.timesteps):
@@ -97,11 +80,10 @@ def run_ours(name, config, steps, prediction_type):
         c_skip, c_out, c_in = scaling(prediction_type, level)
         return c_skip * x + c_out * network(c_in * x, schedule.timestep(level))
 
-    method = sampler(name)
-    sigmas = method.sigmas(schedule, steps)
-    x = unit_noise()() * method.start(schedule, sigmas)
-    path = [x / math.hypot(1, sigmas[0])]
-    for step in method.run(denoise, x, sigmas, unit_noise(1)):
+    trajectory = prepare(name, schedule, steps)
+    x = unit_noise()() * trajectory.start
+    path = [x / math.hypot(1, trajectory.sigmas[0])]
+    for step in trajectory.run(denoise, x, noise=unit_noise(1)):
         path.append(step.x_BCHW / math.hypot(1, step.sigma))
     return path, network.timesteps
 
@@ -155,7 +137,7 @@ def test_no_digits_are_lost_at_high_levels(name, high):
     assert (end(torch.float32) - exact).abs().max() < 1e-5 * max(1, exact.abs().max())
 
 
-@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "dpmpp_2m", "ddim"])
+@pytest.mark.parametrize("name", ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "ddim"])
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
 def test_zero_terminal_snr(name, prediction_type):
     # Where diffusers' DDIM has alpha = 0, the others and we have 2^-12: 2.4e-4 of a picture, times the network's slope.
@@ -178,12 +160,108 @@ def test_karras_levels(name, spacing):
     assert largest_difference(ours, theirs) < 1e-3
 
 
-def test_karras_levels_of_dpmpp_2m():
-    config = {**LATENT, "use_karras_sigmas": True}
-    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(config)
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta"])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "unipc"])
+def test_levels_between_the_ends(name, spacing):
+    config = {**LATENT, f"use_{spacing}_sigmas": True}
+    scheduler = CLASSES[name].from_config(config)
     scheduler.set_timesteps(20)
-    sigmas = sampler("dpmpp_2m").sigmas(NoiseSchedule.from_config(config), 20)
-    torch.testing.assert_close(sigmas, scheduler.sigmas.double(), rtol=1e-4, atol=0)
+    theirs = scheduler.sigmas.double().unique(sorted=True).flip(0)  # Heun's occur twice
+    configured = sampler(name).sigmas(NoiseSchedule.from_config(config), 20)
+    torch.testing.assert_close(configured, theirs, rtol=1e-4, atol=0)
+    asked = sampler(name).sigmas(NoiseSchedule.from_config(LATENT), 20, spacing)
+    assert torch.equal(asked, configured)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_spacing_that_is_asked_for_replaces_the_models(name, spacing):
+    karras = NoiseSchedule.from_config({**LATENT, "use_karras_sigmas": True, "timestep_spacing": "leading"})
+    plain = NoiseSchedule.from_config({**LATENT, "timestep_spacing": spacing})
+    method = sampler(name)
+    asked, own = method.prepare(karras, 12, spacing), method.prepare(plain, 12, spacing)
+    assert torch.equal(asked.sigmas, own.sigmas)
+    assert (asked.start, asked.steps, asked.spacing) == (own.start, 12, spacing)
+    if name != "lcm":  # which is trailing if nothing is asked for
+        assert torch.equal(own.sigmas, method.sigmas(plain, 12))
+        assert own.start == method.start(plain, own.sigmas)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [4, 25])
+def test_ddim_with_eta(steps, eta):
+    config = {**LATENT, "steps_offset": 1, "set_alpha_to_one": False}
+    scheduler = diffusers.DDIMScheduler.from_config(config)
+    scheduler.set_timesteps(steps)
+    theirs, generator = unit_noise()(), torch.Generator().manual_seed(1)
+    network = Network(scheduler.alphas_cumprod, "epsilon")
+    for timestep in scheduler.timesteps:
+        output = network(theirs, timestep)
+        theirs = scheduler.step(output, timestep, theirs, eta=eta, generator=generator).prev_sample
+    ours, _ = run_ours(f"ddim:eta={eta}", config, steps, "epsilon")
+    assert (ours[-1] - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("steps", [4, 10, 25])
+@pytest.mark.parametrize("spacing", [*LEADING, TRAILING, LINSPACE], ids=case_id)
+def test_dpmpp_3m_without_noise(spacing, steps):
+    options = {**LATENT, **spacing, "solver_order": 3, "solver_type": "heun"}
+    scheduler = diffusers.DPMSolverMultistepScheduler.from_config(options)
+    scheduler.set_timesteps(steps)
+    theirs, network = unit_noise()(), Network(scheduler.alphas_cumprod, "epsilon")
+    for timestep in scheduler.timesteps:
+        theirs = scheduler.step(network(theirs, timestep), timestep, theirs).prev_sample
+    ours, _ = run_ours("dpmpp_3m_sde:eta=0", {**LATENT, **spacing}, steps, "epsilon")
+    assert (ours[-1] - theirs).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_dpmpp_3m_sde_is_k_diffusions_formula(eta):
+    # diffusers' third order with noise has a wrong sign (its last coefficient ends in - 0.5), so it is no reference.
+    schedule = NoiseSchedule.from_config({**LATENT, **TRAILING})
+    trajectory = prepare(f"dpmpp_3m_sde:eta={eta}", schedule, 20)
+    sigmas = trajectory.sigmas.tolist()
+
+    def denoise(x, sigma):
+        return torch.tanh(1.5 * x / math.hypot(1, sigma) + math.sin(sigma))
+
+    start = unit_noise()().double() * trajectory.start
+    noise = unit_noise(1)
+    found = [step.x_BCHW for step in trajectory.run(denoise, start, noise=lambda: noise().double())]
+    x, noise, seen, lengths = start, unit_noise(1), [], []
+    for i, (sigma, lower) in enumerate(pairwise(sigmas)):
+        seen.append(denoise(x, sigma))
+        if lower == 0:
+            x = seen[-1]
+        else:
+            h = math.log(sigma) - math.log(lower)
+            lengths.append(h)
+            g = h * (1 + eta)
+            x = math.exp(-g) * x + (1 - math.exp(-g)) * seen[-1]
+            phi_2 = math.expm1(-g) / g + 1
+            if i == 1:
+                x = x + phi_2 * (seen[-1] - seen[-2]) / (lengths[-2] / h)
+            if i > 1:
+                r0, r1 = lengths[-2] / h, lengths[-3] / h
+                d0, d1 = (seen[-1] - seen[-2]) / r0, (seen[-2] - seen[-3]) / r1
+                x = x + phi_2 * (d0 + (d0 - d1) * r0 / (r0 + r1)) - (phi_2 / g - 0.5) * (d0 - d1) / (r0 + r1)
+            x = x + noise().double() * lower * math.sqrt(-math.expm1(-2 * h * eta))
+        torch.testing.assert_close(found[i], x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 25])  # those that divide its 50 are trailing timesteps
+def test_lcm(steps, prediction_type):
+    scheduler = diffusers.LCMScheduler.from_config({**LATENT, "prediction_type": prediction_type})
+    scheduler.set_timesteps(steps)
+    theirs, generator = unit_noise()(), torch.Generator().manual_seed(1)
+    network = Network(scheduler.alphas_cumprod, prediction_type)
+    for timestep in scheduler.timesteps:
+        output = network(theirs, timestep)
+        theirs = scheduler.step(output, timestep, theirs, generator=generator).prev_sample
+    ours, timesteps = run_ours("lcm", {**LATENT, "timestep_spacing": "leading"}, steps, prediction_type)
+    assert timesteps == pytest.approx(network.timesteps, abs=1e-3)
+    assert (ours[-1] - theirs).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -200,7 +278,7 @@ def test_ddim_with_linspace_goes_to_the_next_timestep():
     torch.testing.assert_close(timesteps, torch.linspace(999, 0, 10, dtype=torch.float64).round())
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 25, 50, 100])
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_number_of_steps_and_calls(name, spacing, steps):
@@ -290,16 +368,16 @@ def test_order_of_convergence(name, low, high):
     assert low < order < high
 
 
-def test_ancestral_keeps_the_distribution():
+@pytest.mark.parametrize("name", ["euler_ancestral", "ddim:eta=0.5", "dpmpp_2m_sde", "dpmpp_3m_sde"])
+def test_noise_keeps_the_distribution(name):
     # From a unit normal the pictures of a unit normal again: fresh noise must add exactly the variance taken away.
     schedule = NoiseSchedule.from_config({**LATENT, **TRAILING})
-    method = sampler("euler_ancestral")
-    sigmas = method.sigmas(schedule, 100)
+    trajectory = prepare(name, schedule, 100)
     generator = torch.Generator().manual_seed(0)
 
     def noise():
         return torch.randn(20000, generator=generator)
 
-    start = noise() * math.hypot(1, sigmas[0])
-    *_, end = method.run(lambda x, sigma: x / (1 + sigma**2), start, sigmas, noise)
+    start = noise() * math.hypot(1, trajectory.sigmas[0])
+    *_, end = trajectory.run(lambda x, sigma: x / (1 + sigma**2), start, noise=noise)
     assert end.x_BCHW.std().item() == pytest.approx(1, abs=0.03)

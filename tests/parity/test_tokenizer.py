@@ -180,12 +180,13 @@ def test_what_is_written_opens_everywhere_with_the_same_ids(pair, tmp_path):
     assert torch.equal(Tokenizer.from_pretrained(tmp_path).tokens(plain, WINDOW), expected[: len(plain)])
 
 
-def test_what_does_not_fit_the_window_is_given_back(pair):
+def test_where_the_characters_of_each_token_begin(pair):
     _, ours = pair
-    assert ours.dropped("cat " * 5, 7) == ""
-    assert ours.dropped("cat " * 5 + "Red  DOG", 7) == "Red  DOG"
-    assert ours.dropped("", 7) == ""
-    assert ours.dropped("\udcff " + "cat " * 5 + "dog", 8) == "dog"  # not UTF-8 on the command line
+    ids, begins = ours.split("cat  Red \udcff")  # not UTF-8 on the command line
+    assert ours.framed(ids, 7) == ours.tokens(["cat red ?"], 7)[0].tolist()
+    assert begins == sorted(begins)
+    assert begins[0] == 0
+    assert begins[-1] == 9
 
 
 def broken(folder, case):

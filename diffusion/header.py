@@ -1,0 +1,125 @@
+"""The header of a safetensors file, read within limits before anything else looks at the file. No pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import GazeError
+
+LONGEST = 16 * 2**20  # bytes of a header; one of 97 MB takes 8 s to read
+MOST = 20_000  # tensors
+DEEPEST = 8  # dimensions of a tensor
+WIDEST = 2**20  # the largest dimension
+COMMAS = 32 * MOST  # more than that many tensors have, so that counting them bounds time and memory of the reading
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+BYTES |= {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
+FROM_PICKLE = (
+    'its .safetensors version; or, only if you trust it: python -c "import sys, torch, safetensors.torch as s; w = '
+    "torch.load(sys.argv[1], weights_only=True); s.save_file({k: v.contiguous() for k, v in w.get('state_dict', "
+    'w).items() if torch.is_tensor(v)}, sys.argv[2])" IN OUT.safetensors'
+)
+
+
+class Entry(NamedTuple):
+    """dtype: as safetensors writes it, "F32", "BF16", ..."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Header(NamedTuple):
+    """tensors: by name. metadata: texts that a program left beside them."""
+
+    tensors: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def refuse_pickle(path: Path) -> None:
+    """Raises GazeError when the name says that the file is a pickle."""
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        raise GazeError(f"{path} is a pickle, which can run code and is never opened", FROM_PICKLE)
+
+
+def read_header(path: str | Path) -> Header:
+    """Names, types and shapes of the tensors in a file; the tensors themselves are not read.
+
+    Raises GazeError when this is no safetensors file, or one that is cut short, contradicts itself (ranges that
+    overlap or leave holes, a name that occurs twice) or goes beyond the limits above.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(9)
+            length = int.from_bytes(start[:8], "little")
+            if len(start) < 9 or length > min(size - 8, LONGEST) or start[8:] != b"{":
+                raise _no_header(path, start, length)
+            text = start[8:] + file.read(length - 1)
+    except OSError as error:
+        raise GazeError(f"{path} cannot be read: {error.strerror}", "check the path and who may read it") from None
+    try:
+        return _checked(text, size - 8 - length)
+    except (ValueError, RecursionError) as error:
+        raise GazeError(f"{path} cannot be read as safetensors: {error}", "copy the file again") from None
+
+
+def _no_header(path: Path, start: bytes, length: int) -> GazeError:
+    if start.startswith(PICKLE_STARTS):
+        return GazeError(f"{path} is a pickle, which can run code and is never opened", FROM_PICKLE)
+    problem = f"{path} cannot be read as safetensors: its first bytes speak of a header of {length} bytes"
+    return GazeError(f"{problem}; the most is {LONGEST}", "copy the file again; it may be cut short")
+
+
+def _checked(text: bytes, size: int) -> Header:
+    """The header that `text` is, for `size` bytes of tensors. Raises ValueError with the reason."""
+    if text.count(b",") > COMMAS:
+        raise ValueError(f"it has more than {MOST} tensors")
+    content = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not texts")
+    if len(content) > MOST:
+        raise ValueError(f"it has more than {MOST} tensors")
+    for name, entry in content.items():
+        if not name.isprintable() or len(name) > 256:
+            raise ValueError(f"{name[:40]!r} is no name of a tensor")
+        if not _sound(entry):
+            raise ValueError(f"the entry of {name} is broken: {str(entry)[:80]}")
+    end = 0
+    for name, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, after = entry["data_offsets"]
+        if begin != end or after - begin != prod(entry["shape"]) * BYTES[entry["dtype"]]:
+            raise ValueError(f"{name} is not where its shape and the tensors before it say")
+        end = after
+    if end != size:
+        raise ValueError(f"it has {size} bytes of tensors, not the {end} that its header speaks of")
+    return Header({name: Entry(e["dtype"], tuple(e["shape"])) for name, e in content.items()}, metadata)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _sound(entry: Any) -> bool:
+    """Types and limits of one tensor's entry. A tensor without elements has the shape [0], a mark of some programs."""
+    if not isinstance(entry, Mapping) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return False
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    whole = all(isinstance(numbers, list) and all(type(n) is int for n in numbers) for numbers in (shape, offsets))
+    return (
+        whole
+        and isinstance(dtype, str)
+        and dtype in BYTES
+        and len(offsets) == 2
+        and len(shape) <= DEEPEST
+        and (shape == [0] or all(0 < side <= WIDEST for side in shape))
+    )

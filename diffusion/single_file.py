@@ -1,0 +1,95 @@
+"""A whole model in one safetensors file in the original key layout of Stable Diffusion 1.x, 2.x and XL.
+
+What it is, is read from its keys and shapes, never from its name, and checked before any tensor is read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .errors import GazeError
+from .files import differences
+from .header import read_header, refuse_pickle
+from .original_names import from_original
+from .structure import UNUSED, Place, Structure, layout, recognise
+from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A file whose header has been checked: every tensor of `structure` is in its place, and no other is."""
+
+    path: Path
+    structure: Structure
+    places: dict[str, Place]
+
+    def read(self, part: str, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
+        """The tensors of a part by their names here. dtype: None gives them as they are, for as long as the file stays.
+
+        Raises GazeError when they cannot be read.
+        """
+        found: dict[str, Tensor] = {}
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                for original, place in self.places.items():
+                    if place.part == part:
+                        pieces = from_original(original, file.get_tensor(original)).chunk(len(place.names))
+                        found |= zip(place.names, pieces, strict=True)
+        except (OSError, SafetensorError) as error:
+            raise GazeError(f"{self.path} cannot be read: {error}", "copy the file again") from None
+        # Copies, as in `read_weights`.
+        return found if dtype is None else {name: piece.to(dtype, copy=True) for name, piece in found.items()}
+
+
+def open_single_file(path: str | Path, prediction_type: str | None = None) -> SingleFile:
+    """Reads the header of a file in the original layout and finds the place of each tensor.
+
+    prediction_type: instead of what the file or its family says.
+    Raises GazeError for a pickle, for a broken file, for another structure and for weights that are no floats.
+    """
+    path = Path(path)
+    refuse_pickle(path)
+    header = read_header(path)
+    try:
+        structure = recognise(header, prediction_type)
+        places = layout(structure)
+    except GazeError as error:
+        raise GazeError(f"{path} cannot be opened as a model: {error.problem}", error.hint) from None
+    shapes = {name: entry.shape for name, entry in header.tensors.items() if not UNUSED.match(name)}
+    wrong = differences(shapes, {name: place.shape for name, place in places.items()}, "the other keys say")
+    if wrong:
+        raise GazeError(
+            f"{path} has the keys of {structure.family.name}, but not its tensors: {wrong}",
+            "the checkpoint as it was published; parts such as LoRA or VAE alone are no model",
+        )
+    for name in places:
+        if "F" not in header.tensors[name].dtype:
+            raise GazeError(f"{path} holds {name} as {header.tensors[name].dtype}", "a version that is not quantised")
+    return SingleFile(path, structure, places)
+
+
+def tokenizer_of(file: SingleFile, part: str, folder: str | Path | None = None) -> Tokenizer:
+    """The tokenizer for a text encoder of a file, which itself has none: all of the families read the same words.
+
+    folder: a tokenizer/ or a model's folder that has one; None: tokenizer/ beside the file. What fills a prompt is the
+    text encoder's: the end again for CLIP, token 0 for OpenCLIP. Raises GazeError when there is no tokenizer.
+    """
+    place = tokenizer_folder(file.path.parent if folder is None else folder)
+    if not place.is_dir() or (folder is None and place == file.path.parent):
+        raise GazeError(
+            f"{file.path} holds no tokenizer (no single file does), and none is at {place}",
+            "--tokenizer FOLDER, with the tokenizer/ of any Stable Diffusion model or that model's folder",
+        )
+    words = Tokenizer.from_pretrained(place)
+    return words.padded_with(words.end if file.structure.family.texts[part][0] == "clip" else 0)
+
+
+def tokenizer_folder(folder: str | Path) -> Path:
+    """The tokenizer/ of a folder, or the folder itself when it has none."""
+    inner = Path(folder) / "tokenizer"
+    return inner if inner.is_dir() else Path(folder)
