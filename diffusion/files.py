@@ -19,7 +19,7 @@ from torch import Tensor
 from .errors import GazeError
 from .header import read_header
 
-MARKS = ("model_index.json", "vae")  # a folder with one of them holds a model, or its first part
+MARKS = ("model_index.json", "vae", "text_encoder")  # a folder with one of them holds a model, or a part of it
 STEM = "diffusion_pytorch_model"
 M = TypeVar("M", bound=torch.nn.Module)
 

@@ -338,6 +338,7 @@ def test_the_text_phase_learns_what_the_captions_show_and_the_diffusion_phase_be
                         validation={"every": 1600, "prompts": PROMPTS})  # fmt: skip
     folder = run_here(first)
     assert {path.name for path in folder.iterdir()} == {"text_encoder", "tokenizer"}
+    assert run_here(first) == folder  # the same command again, after its end
     losses = [row["loss"] for row in rows(first.out)]
     pixels = torch.stack([decode(entry.file, 16) for entry in read_folder(data)])
     with torch.no_grad():
