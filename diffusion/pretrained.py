@@ -56,6 +56,11 @@ class Model:
     scheduler: str = "ddim"
     defaults: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def modules(self) -> dict[str, torch.nn.Module]:
+        """The networks, by the names of their folders."""
+        return {"unet": self.unet, "vae": self.autoencoder, "text_encoder": self.text.model}
+
 
 def load_model(path: str | Path, tokenizer: str | Path | None = None, prediction_type: str | None = None) -> Model:
     """Opens a model of Stable Diffusion 1.x or 2.x structure, weights as float32.

@@ -162,7 +162,7 @@ class TextToImage:
 
     def to(self, *args: Any, **kwargs: Any) -> TextToImage:
         """Moves the model to a device, a dtype or both, as torch.nn.Module.to does."""
-        for module in (self.model.unet, self.model.autoencoder, self.model.text.model):
+        for module in self.model.modules.values():
             module.to(*args, **kwargs)
         return self
 
