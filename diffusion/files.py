@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .errors import GazeError
-from .header import read_header
+from .header import read_header, refuse_pickle
 
 MARKS = ("model_index.json", "vae", "text_encoder")  # a folder with one of them holds a model, or a part of it
 STEM = "diffusion_pytorch_model"
@@ -108,12 +108,8 @@ def weight_files(folder: Path, stem: str = STEM) -> list[Path]:
             if not names or any(Path(name).name != name for name in names):
                 raise GazeError(f"{index} names no files of its folder", "use a copy from a source you trust")
             return [folder / name for name in names]
-    pickled = sorted(path.name for path in folder.glob("*.bin"))
-    if pickled:
-        raise GazeError(
-            f"{folder} holds {pickled[0]}, a pickle, which can run code and is never opened",
-            "save it again with save_pretrained(folder, safe_serialization=True)",
-        )
+    for path in sorted(folder.glob("*.bin")):
+        refuse_pickle(path)
     raise GazeError(f"{folder} holds no {stem}.safetensors", "copy the folder again; it may be incomplete")
 
 

@@ -19,11 +19,6 @@ BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 BYTES |= {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
-FROM_PICKLE = (
-    'its .safetensors version; or, only if you trust it: python -c "import sys, torch, safetensors.torch as s; w = '
-    "torch.load(sys.argv[1], weights_only=True); s.save_file({k: v.contiguous() for k, v in w.get('state_dict', "
-    'w).items() if torch.is_tensor(v)}, sys.argv[2])" IN OUT.safetensors'
-)
 
 
 class Entry(NamedTuple):
@@ -40,10 +35,13 @@ class Header(NamedTuple):
     metadata: dict[str, str]
 
 
-def refuse_pickle(path: Path) -> None:
-    """Raises GazeError when the name says that the file is a pickle."""
-    if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise GazeError(f"{path} is a pickle, which can run code and is never opened", FROM_PICKLE)
+def refuse_pickle(path: Path, start: bytes = b"") -> None:
+    """Raises GazeError when the name, or the first bytes, say that the file is a pickle."""
+    if path.suffix.lower() in PICKLE_SUFFIXES or start.startswith(PICKLE_STARTS):
+        raise GazeError(
+            f"{path} is a pickle, which can run code and is never opened",
+            "its .safetensors version; docs/models.md says how one is made of it where it can do no harm",
+        )
 
 
 def read_header(path: str | Path) -> Header:
@@ -59,7 +57,9 @@ def read_header(path: str | Path) -> Header:
             start = file.read(9)
             length = int.from_bytes(start[:8], "little")
             if len(start) < 9 or length > min(size - 8, LONGEST) or start[8:] != b"{":
-                raise _no_header(path, start, length)
+                refuse_pickle(path, start)
+                problem = f"{path} cannot be read as safetensors: its first bytes speak of a header of {length} bytes"
+                raise GazeError(f"{problem}; the most is {LONGEST}", "copy the file again; it may be cut short")
             text = start[8:] + file.read(length - 1)
     except OSError as error:
         raise GazeError(f"{path} cannot be read: {error.strerror}", "check the path and who may read it") from None
@@ -67,13 +67,6 @@ def read_header(path: str | Path) -> Header:
         return _checked(text, size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise GazeError(f"{path} cannot be read as safetensors: {error}", "copy the file again") from None
-
-
-def _no_header(path: Path, start: bytes, length: int) -> GazeError:
-    if start.startswith(PICKLE_STARTS):
-        return GazeError(f"{path} is a pickle, which can run code and is never opened", FROM_PICKLE)
-    problem = f"{path} cannot be read as safetensors: its first bytes speak of a header of {length} bytes"
-    return GazeError(f"{problem}; the most is {LONGEST}", "copy the file again; it may be cut short")
 
 
 def _checked(text: bytes, size: int) -> Header:

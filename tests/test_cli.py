@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
-from pipelines.__main__ import main
 from pipelines.files import plan_paths, slug
 from pipelines.images import read_settings
 from tests.small_pipeline import small_pipeline
@@ -27,31 +26,6 @@ def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     small_pipeline().save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def own_folder(tmp_path, monkeypatch):
-    """Commands write into the folder that they run in."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("GAZE_DEBUG", raising=False)
-
-
-@pytest.fixture
-def gaze(monkeypatch, capsys):
-    """Runs a command line; gives exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gaze", *map(str, arguments)])
-        monkeypatch.setenv("GAZE_DEBUG", "")
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
-
-    return run
 
 
 def pixels(path):
