@@ -1,11 +1,12 @@
 """CLIP's text transformer (Radford et al. 2021, section 2.4), with transformers' parameter names.
 
-Shapes: B prompts, S tokens of the text, E width of the text embedding, L heads, D width of a head (E = L*D).
+Shapes: B prompts, S tokens of the text, E width of the text embedding, P width of the pooled vector, L heads,
+D width of a head (E = L*D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config
+from .config import LARGEST, Config
+from .errors import GazeError
 from .files import load_strictly, read_json, read_weights, write_part
 
 PREFIX = "text_model."  # of the names in published folders; transformers 5 writes them without, and reads both
-UNUSED = ("embeddings.position_ids", "text_projection.weight")  # of older versions; of the class with a projection
+UNUSED = ("embeddings.position_ids", "text_projection.weight")  # of older versions; of a projection that has no use
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -51,7 +53,7 @@ class CLIPTextConfig(Config):
     KIND: ClassVar[tuple[str, str]] = ("model_type", "clip_text_model")
     FIXED: ClassVar[dict[str, Any]] = {"attention_dropout": 0.0}
     IGNORED: ClassVar[dict[str, str]] = {
-        "projection_dim": "the states are taken before a projection",
+        "projection_dim": "beside the config, see `pooled_width`: most models have it without a projection",
         "initializer_range": "of fresh weights; unused in CLIP's text transformer",
         "initializer_factor": "of fresh weights, which a file replaces",
         "dropout": "of old versions, which did not use it",
@@ -110,13 +112,22 @@ class Layer(nn.Module):
         return x_BSE + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x_BSE))))
 
 
+def pooled_width(config: Mapping[str, Any], folder: Path) -> int:
+    """P of the text encoder with a projection that a config.json describes. Raises GazeError when it is none."""
+    width = config.get("projection_dim", 512)  # transformers' default
+    if type(width) is not int or not 0 < width <= LARGEST:
+        raise GazeError(f"{folder} has projection_dim {width!r}", "copy the folder again")
+    return width
+
+
 class CLIPText(nn.Module):
     """Token ids BS -> states BSE of the last layer, normalised. S is at most config.max_position_embeddings.
 
-    A new one needs weights: those of a file, or `initialize`.
+    pooled: P, for a projection of the state at the prompt's end. A new one needs weights: those of a file, or
+    `initialize`.
     """
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: CLIPTextConfig, pooled: int | None = None) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
@@ -131,11 +142,29 @@ class CLIPText(nn.Module):
             {"layers": nn.Sequential(*(Layer(config) for _ in range(config.num_hidden_layers)))}
         )
         self.final_layer_norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.text_projection = None if pooled is None else nn.Linear(width, pooled, bias=False)
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
+        return self.embeddings["token_embedding"](tokens_BS) + self.embeddings["position_embedding"](positions_S)
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        positions_S = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)
-        x_BSE = self.embeddings["token_embedding"](tokens_BS) + self.embeddings["position_embedding"](positions_S)
-        return self.final_layer_norm(self.encoder["layers"](x_BSE))
+        return self.final_layer_norm(self.encoder["layers"](self.embed(tokens_BS)))
+
+    def penultimate(self, tokens_BS: Tensor, ends_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What SDXL reads (Podell et al. 2023, section 2.1): the states BSE before the last layer, as they are, and,
+        where there is a projection, that of each prompt's normalised last state at its end: BP.
+
+        ends_B: the places of the end tokens.
+        """
+        *layers, last = self.encoder["layers"]
+        x_BSE = self.embed(tokens_BS)
+        for layer in layers:
+            x_BSE = layer(x_BSE)
+        if self.text_projection is None:
+            return x_BSE, None
+        ends_BE = self.final_layer_norm(last(x_BSE))[torch.arange(len(ends_B)), ends_B]
+        return x_BSE, self.text_projection(ends_BE)
 
     @torch.no_grad()
     def initialize(self) -> CLIPText:
@@ -157,15 +186,32 @@ class CLIPText(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> CLIPText:
-        """Open a `text_encoder/` folder. GazeError: missing or broken files, an unsupported config, other weights."""
-        config = CLIPTextConfig.from_diffusers(read_json(Path(folder) / "config.json"))
+    def from_pretrained(cls, folder: str | Path, projected: bool = False) -> CLIPText:
+        """Open a `text_encoder/` folder. projected: with its projection, as SDXL's second one.
+
+        GazeError: missing or broken files, an unsupported config, other weights.
+        """
+        options = read_json(Path(folder) / "config.json")
+        config = CLIPTextConfig.from_diffusers(options)
+        pooled = pooled_width(options, Path(folder)) if projected else None
+        unused = UNUSED[:1] if projected else UNUSED
         state = {name.removeprefix(PREFIX): value for name, value in read_weights(folder, "model").items()}
-        used = {name: value for name, value in state.items() if name not in UNUSED}
-        return load_strictly(partial(cls, config), used, folder)
+        used = {name: value for name, value in state.items() if name not in unused}
+        return load_strictly(partial(cls, config, pooled), used, folder)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a `text_encoder/` folder; dtype None keeps that of the parameters."""
-        state = {PREFIX + name: value for name, value in self.state_dict().items()}
-        # Without a dtype in the config, transformers would compute in that of the file, unlike diffusers' other parts.
-        write_part(folder, {**self.config.to_diffusers(), "dtype": "float32"}, state, dtype, stem="model")
+        state, config = self.state_dict(), self.config.to_diffusers()
+        if self.text_projection is not None:
+            config["projection_dim"] = self.text_projection.out_features
+        write_text_encoder(folder, config, state, dtype)
+
+
+def write_text_encoder(
+    folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor], dtype: torch.dtype | None = None
+) -> None:
+    """Writes a `text_encoder/` folder as transformers names things; state: by the names here."""
+    # Without a dtype in the config, transformers would compute in that of the file, unlike diffusers' other parts. The
+    # projection stands beside the text model.
+    renamed = {n if n == "text_projection.weight" else PREFIX + n: value for n, value in state.items()}
+    write_part(folder, {**config, "dtype": "float32"}, renamed, dtype, stem="model")

@@ -26,6 +26,11 @@ class Condition:
         vector = None if self.vector_BV is None else self.vector_BV.expand(rows, -1)
         return Condition(self.context_BSE.expand(rows, -1, -1), vector)
 
+    def pick(self, rows: Sequence[int]) -> "Condition":
+        """These of the prompts, in this order."""
+        vector = None if self.vector_BV is None else self.vector_BV[rows]
+        return Condition(self.context_BSE[rows], vector)
+
 
 def join(conditions: Sequence[Condition]) -> Condition:
     """One batch out of several, in their order; all of the same S, E and V, all with a vector or none."""

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .autoencoder import AutoencoderConfig, current_name
-from .clip import PREFIX, UNUSED, CLIPTextConfig
-from .config import LARGEST, Config
+from .clip import PREFIX, UNUSED, CLIPTextConfig, pooled_width, write_text_encoder
+from .config import Config
 from .errors import GazeError
 from .files import (
     STEM,
@@ -84,11 +84,7 @@ def _to_folder(
         write_part(aside / "vae", structure.vae.to_diffusers(), file.read("vae", None), dtype)
         for part, config in structure.texts.items():
             projection = {"text_encoder_2": {"projection_dim": structure.pooled}}.get(part, {})
-            # Without a dtype in the config, transformers would compute in that of the file.
-            options = {**config.to_diffusers(), **projection, "dtype": "float32"}
-            # The projection stands beside the text model.
-            state = {n if n in UNUSED else PREFIX + n: value for n, value in file.read(part, None).items()}
-            write_part(aside / part, options, state, dtype, stem="model")
+            write_text_encoder(aside / part, {**config.to_diffusers(), **projection}, file.read(part, None), dtype)
             words[part].save_pretrained(aside / part.replace("text_encoder", "tokenizer"))
     return structure
 
@@ -119,9 +115,7 @@ def read_structure(folder: Path, prediction_type: str | None = None) -> Structur
     unet = UNetConfig.from_diffusers(read_json(folder / "unet" / "config.json"))
     family = SDXL if two else SD2 if unet.use_linear_projection else SD1
     texts = {part: read_json(folder / part / "config.json") for part in family.texts}
-    pooled = texts["text_encoder_2"].get("projection_dim", 512) if two else None  # transformers' default
-    if two and (type(pooled) is not int or not 0 < pooled <= LARGEST):
-        raise GazeError(f"{folder}/text_encoder_2 has projection_dim {pooled!r}", "copy the folder again")
+    pooled = pooled_width(texts["text_encoder_2"], folder / "text_encoder_2") if two else None
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
     if prediction_type is not None:
         schedule |= {"prediction_type": prediction_type}

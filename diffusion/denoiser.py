@@ -24,8 +24,11 @@ class Predictor:
     """The U-Net's output for one condition. Keys and values of the text are computed once, at the first call, and so
     are the time shifts of all levels in `sigmas`; any other level works too."""
 
-    def __init__(self, unet: UNet, schedule: NoiseSchedule, condition: Condition, sigmas: Tensor) -> None:
+    def __init__(
+        self, unet: UNet, schedule: NoiseSchedule, condition: Condition, sigmas: Tensor, beside_BCHW: Tensor | None
+    ) -> None:
         self.unet, self.schedule, self.condition, self.sigmas = unet, schedule, condition, sigmas
+        self.beside_BCHW = beside_BCHW
 
     @cached_property
     def texts(self) -> Sequence[KeysValues]:
@@ -49,7 +52,8 @@ class Predictor:
 
     def __call__(self, input_BCHW: Tensor, sigma: float) -> Tensor:
         """RCHW, in the dtype of the input. The rows of the condition are a multiple of the input's."""
-        x_BCHW = input_BCHW.to(self.condition.context_BSE.dtype)
+        x_BCHW = input_BCHW if self.beside_BCHW is None else torch.cat([input_BCHW, self.beside_BCHW], dim=1)
+        x_BCHW = x_BCHW.to(self.condition.context_BSE.dtype)
         if self.condition.vector_BV is not None:
             # With a vector the time shifts have a row per prompt, so the rows differ from the first layer on.
             x_BCHW = x_BCHW.repeat(len(self.condition) // len(x_BCHW), 1, 1, 1)
@@ -65,6 +69,7 @@ class Denoiser:
     empty: the negative prompt, one row or one per picture. Without it, or where guidance does not act, a call costs
         one batch instead of two.
     sigmas: levels that will be asked for.
+    beside_BCHW: further channels of the network's input, which no noise was added to (inpainting).
     """
 
     def __init__(
@@ -75,14 +80,16 @@ class Denoiser:
         empty: Condition | None = None,
         guidance: Guidance = Guidance(),  # noqa: B008, because it is frozen
         sigmas: Tensor | Sequence[float] = (),
+        beside_BCHW: Tensor | None = None,
     ) -> None:
         self.schedule, self.guidance = schedule, guidance
         levels = torch.as_tensor(sigmas, dtype=torch.float64)
         acts = torch.tensor([empty is not None and guidance.acts(level) for level in levels.tolist()], dtype=torch.bool)
-        self.alone = Predictor(unet, schedule, condition, levels[~acts])
+        self.alone = Predictor(unet, schedule, condition, levels[~acts], beside_BCHW)
         self.both = None
         if empty is not None:
-            self.both = Predictor(unet, schedule, join([empty.expand(len(condition)), condition]), levels[acts])
+            both = join([empty.expand(len(condition)), condition])
+            self.both = Predictor(unet, schedule, both, levels[acts], beside_BCHW)
         self.running: Tensor | float = 0.0  # of projected guidance
 
     def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:

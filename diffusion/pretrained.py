@@ -6,6 +6,7 @@ generation_config.json, which diffusers ignores, holds the steps, guidance scale
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 
 from .autoencoder import Autoencoder
-from .clip import CLIPText
+from .condition import Condition
 from .errors import GazeError
 from .files import load_strictly, read_json, replacing, write_json
 from .noise import NoiseSchedule
 from .schedulers import default_name
 from .single_file import open_single_file, tokenizer_folder, tokenizer_of
-from .text import TextEncoder
+from .structure import SIZE_NUMBERS
+from .text import Readings, TextEncoder, encode
 from .unet import UNet
 
 PARTS = {
@@ -31,14 +33,15 @@ PARTS = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
 }
+PARTS_2 = {
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+}
 EXTRA: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"safety_checker": [None, None], "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {
-        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-        "tokenizer_2": ["transformers", "CLIPTokenizer"],
-        "force_zeros_for_empty_prompt": True,
-    },
+    "StableDiffusionXLPipeline": PARTS_2,
 }
+FORCE_ZEROS = "force_zeros_for_empty_prompt"
 
 
 @dataclass
@@ -47,6 +50,8 @@ class Model:
 
     scheduler: name of the sampler that the folder's scheduler class and options ask for.
     defaults: num_inference_steps, guidance_scale and scheduler that suit the model; may be empty.
+    text_2: SDXL's second text encoder, whose pooled vector the U-Net takes.
+    zeros: no negative prompt means a condition of zeros, not the empty prompt (SDXL).
     """
 
     unet: UNet
@@ -55,17 +60,46 @@ class Model:
     schedule: NoiseSchedule
     scheduler: str = "ddim"
     defaults: dict[str, Any] = field(default_factory=dict)
+    text_2: TextEncoder | None = None
+    zeros: bool = False
+
+    @property
+    def texts(self) -> dict[str, TextEncoder]:
+        """The text encoders, by the names of their folders."""
+        return {"text_encoder": self.text} | ({} if self.text_2 is None else {"text_encoder_2": self.text_2})
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether the U-Net takes a mask and a masked picture's latents beside the noisy latents."""
+        return self.unet.config.in_channels > self.autoencoder.latent_channels
 
     @property
     def modules(self) -> dict[str, torch.nn.Module]:
         """The networks, by the names of their folders."""
-        return {"unet": self.unet, "vae": self.autoencoder, "text_encoder": self.text.model}
+        return {"unet": self.unet, "vae": self.autoencoder} | {part: text.model for part, text in self.texts.items()}
+
+    def read(self, prompt: str) -> Readings:
+        """A prompt as each text encoder reads it."""
+        return tuple(text.read(prompt) for text in self.texts.values())
+
+    def encode(self, prompts: Sequence[str | Readings | None], sizes: Sequence[int] = (), chunks: int = 1) -> Condition:
+        """Prompts -> their condition, see `TextEncoder.encode`. None is a row of zeros. sizes: SDXL's six numbers, see
+        `UNet.vector`."""
+        readings = [self.read(prompt or "") if isinstance(prompt, str | None) else prompt for prompt in prompts]
+        condition = encode([*self.texts.values()], readings, chunks)
+        context_BSE, vector_BV = condition.context_BSE, condition.vector_BV
+        blank_B = torch.tensor([prompt is None for prompt in prompts], device=context_BSE.device)
+        context_BSE = context_BSE.masked_fill(blank_B[:, None, None], 0)
+        if vector_BV is None:
+            return Condition(context_BSE)
+        return Condition(context_BSE, self.unet.vector(vector_BV.masked_fill(blank_B[:, None], 0), sizes))
 
 
 def load_model(path: str | Path, tokenizer: str | Path | None = None, prediction_type: str | None = None) -> Model:
-    """Opens a model of Stable Diffusion 1.x or 2.x structure, weights as float32.
+    """Opens a model of Stable Diffusion 1.x, 2.x or XL structure, weights as float32.
 
-    path: a StableDiffusionPipeline folder, or a safetensors file in the original key layout.
+    path: a folder of diffusers' StableDiffusionPipeline or StableDiffusionXLPipeline, or a safetensors file in the
+    original key layout.
     tokenizer: a tokenizer/ folder, or a model's folder that has one, instead of the model's own; a single file has none
     and takes the one beside it. prediction_type: instead of what the model says.
     Raises GazeError when the model, a part or a weight is missing or broken.
@@ -80,23 +114,28 @@ def load_model(path: str | Path, tokenizer: str | Path | None = None, prediction
 
 def _from_folder(folder: Path, tokenizer: str | Path | None, prediction_type: str | None) -> Model:
     index = read_json(folder / "model_index.json")
-    for part in PARTS:
+    two = bool(index.get("text_encoder_2"))
+    for part in PARTS | (PARTS_2 if two else {}):
         entry = index.get(part)
         if not isinstance(entry, list) or not entry or None in entry or not (folder / part).is_dir():
             raise GazeError(
                 f"{folder} has no {part!r}, which a text-to-image model needs",
                 "save the whole pipeline with save_pretrained",
             )
-    if index.get("text_encoder_2"):
-        raise _two_text_encoders(folder, index.get("_class_name"))
     defaults = folder / "generation_config.json"
     schedule = read_json(folder / "scheduler" / "scheduler_config.json")
+
+    def text(part: str) -> TextEncoder:
+        own = folder / part.replace("text_encoder", "tokenizer")
+        words = own if tokenizer is None else tokenizer_folder(tokenizer)
+        return TextEncoder.from_pretrained(folder / part, words, penultimate=two, projected=part == "text_encoder_2")
+
     return Model(
         unet=UNet.from_pretrained(folder / "unet").eval(),
         autoencoder=Autoencoder.from_pretrained(folder / "vae"),
-        text=TextEncoder.from_pretrained(
-            folder / "text_encoder", tokenizer_folder(folder if tokenizer is None else tokenizer)
-        ),
+        text=text("text_encoder"),
+        text_2=text("text_encoder_2") if two else None,
+        zeros=two and bool(index.get(FORCE_ZEROS, True)),
         schedule=NoiseSchedule.from_config(
             schedule if prediction_type is None else schedule | {"prediction_type": prediction_type}
         ),
@@ -108,60 +147,66 @@ def _from_folder(folder: Path, tokenizer: str | Path | None, prediction_type: st
 def _from_file(path: Path, tokenizer: str | Path | None, prediction_type: str | None) -> Model:
     file = open_single_file(path, prediction_type)
     structure = file.structure
-    if structure.pooled is not None:
-        raise _two_text_encoders(path, structure.family.pipeline)
-    words = tokenizer_of(file, "text_encoder", tokenizer)
-    text = load_strictly(partial(CLIPText, structure.texts["text_encoder"]), file.read("text_encoder"), path)
+    words = {part: tokenizer_of(file, part, tokenizer) for part in structure.texts}
+    two = "text_encoder_2" in structure.texts
+
+    def text(part: str) -> TextEncoder:
+        model = load_strictly(partial(structure.text_encoder, part), file.read(part), path)
+        return TextEncoder(model.eval().requires_grad_(False), words[part], penultimate=two)
+
     autoencoder = load_strictly(partial(Autoencoder, structure.vae), file.read("vae"), path)
     return Model(
         unet=load_strictly(partial(UNet, structure.unet), file.read("unet"), path).eval(),
         autoencoder=autoencoder.eval().requires_grad_(False),
-        text=TextEncoder(text.eval().requires_grad_(False), words),
+        text=text("text_encoder"),
+        text_2=text("text_encoder_2") if two else None,
+        zeros=two,
         schedule=NoiseSchedule.from_config(structure.schedule),
         scheduler=default_name(structure.family.scheduler, structure.schedule),
     )
 
 
-def _two_text_encoders(path: Path, pipeline: object) -> GazeError:
-    return GazeError(
-        f"{path} is a {pipeline} with two text encoders, which the pipeline does not run yet",
-        "a model of Stable Diffusion 1.x or 2.x structure",
-    )
-
-
 def check_fit(model: Model, folder: Path) -> None:
     """Raises GazeError when the parts of a model cannot work together."""
-    config = model.unet.config
+    config, latents = model.unet.config, model.autoencoder.latent_channels
+    pooled = None if model.text_2 is None else model.text_2.model.text_projection
+    sizes = SIZE_NUMBERS * (config.addition_time_embed_dim or 0)
+    vector = None if pooled is None else pooled.out_features + sizes
     for option, wanted, source in (
-        ("in_channels", model.autoencoder.latent_channels, "the channels of vae/"),
-        ("out_channels", model.autoencoder.latent_channels, "the channels of vae/"),
-        ("cross_attention_dim", model.text.width, "the width of text_encoder/"),
+        ("in_channels", (latents, 2 * latents + 1), "the channels of vae/ ask for {0}, or {1} for inpainting"),
+        ("out_channels", (latents,), "the channels of vae/ are {0}"),
+        ("cross_attention_dim", (sum(text.width for text in model.texts.values()),), "the text encoders' width is {0}"),
+        ("projection_class_embeddings_input_dim", (vector,), "text_encoder_2 and six size numbers make {0}"),
     ):
-        if getattr(config, option) != wanted:
+        if getattr(config, option) not in wanted:
             raise GazeError(
-                f"{folder}/unet has {option} {getattr(config, option)}, but {source} is {wanted}",
-                "a text-to-image model (inpainting and upscaling models take other inputs)",
+                f"{folder}/unet has {option} {getattr(config, option)}, but {source.format(*wanted)}",
+                "a text-to-image model (upscaling and other models take other inputs)",
             )
+    if len({text.window for text in model.texts.values()}) > 1:
+        raise GazeError(f"the two tokenizers of {folder} have windows of their own", "copy the folder again")
 
 
-def model_index(pipeline: str, scheduler: str) -> dict[str, Any]:
-    """The content of model_index.json. pipeline, scheduler: diffusers' classes."""
+def model_index(pipeline: str, scheduler: str, zeros: bool = True) -> dict[str, Any]:
+    """The content of model_index.json. pipeline, scheduler: diffusers' classes. zeros: of a model with two encoders."""
     absent = [None, None]
     common: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": version("diffusers"), **PARTS}
     common |= {"scheduler": ["diffusers", scheduler], "feature_extractor": absent, "image_encoder": absent}
-    return common | EXTRA[pipeline]
+    return common | EXTRA[pipeline] | ({FORCE_ZEROS: zeros} if EXTRA[pipeline] is PARTS_2 else {})
 
 
 def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the model as a StableDiffusionPipeline folder that diffusers opens, in the place of one that is there.
+    """Writes the model as a folder that diffusers opens, in the place of one that is there.
 
     Raises GazeError when `folder` holds something else.
     """
     with replacing(folder) as aside:
         scheduler = model.schedule.config["_class_name"]
-        write_json(aside / "model_index.json", model_index("StableDiffusionPipeline", scheduler))
+        pipeline = "StableDiffusionPipeline" if model.text_2 is None else "StableDiffusionXLPipeline"
+        write_json(aside / "model_index.json", model_index(pipeline, scheduler, model.zeros))
         write_json(aside / "scheduler" / "scheduler_config.json", model.schedule.config)
         write_json(aside / "generation_config.json", model.defaults)
         model.unet.save_pretrained(aside / "unet", dtype)
         model.autoencoder.save_pretrained(aside / "vae", dtype)
-        model.text.save_pretrained(aside / "text_encoder", aside / "tokenizer", dtype)
+        for part, text in model.texts.items():
+            text.save_pretrained(aside / part, aside / part.replace("text_encoder", "tokenizer"), dtype)

@@ -183,7 +183,8 @@ class Trajectory:
     sigmas: the levels at which the network is called, in their order, and the last, where nothing is called: float64.
         Some of diffusers' classes call it more than once a step.
     start: the factor on noise of unit variance that gives x at level sigmas[0].
-    run: (denoise, x_BCHW, noise=PictureNoise) -> a Step for each of sigmas[1:].
+    run: (denoise, x_BCHW, noise=PictureNoise) -> a Step for each of sigmas[1:]; with sigmas=sigmas[i:] from there on.
+    stride: how many of the sigmas there are in a step.
     """
 
     name: str
@@ -192,6 +193,15 @@ class Trajectory:
     sigmas: Tensor
     start: float
     run: Callable[..., Iterator[Step]]
+    stride: int = 1
+
+    def begin(self, strength: float) -> int:
+        """Where in sigmas a run begins that does the last `strength` of its steps: i above. Raises GazeError when that
+        is no step."""
+        left = min(int(self.steps * strength), self.steps)
+        if left < 1:
+            raise GazeError(f"strength {strength} of {self.steps} steps is no step", f"{math.ceil(1 / strength)} steps")
+        return (self.steps - left) * self.stride
 
 
 @dataclass(frozen=True)

@@ -211,7 +211,7 @@ def _trajectory(
     if timesteps.min() < 0 or not all(bool(x.isfinite().all()) for x in path):
         raise GazeError(f"{name} does not work for {steps} steps: numbers that are not finite, or timesteps below 0",
                         "other steps, spacing or options")  # fmt: skip
-    return Trajectory(name, steps, spacing, sigmas, start, run)
+    return Trajectory(name, steps, spacing, sigmas, start, run, row.calls_per_step)
 
 
 def _check_fit(name: str, row: Foreign, scheduler: Any, schedule: NoiseSchedule) -> None:
@@ -245,8 +245,8 @@ def drive(
 ) -> Iterator[Step]:
     """Runs a copy of a diffusers scheduler whose timesteps are set, yielding a Step at every network call.
 
-    x_BCHW: clean + sigma * noise at sigmas[0]. sigmas: the model's levels of the timesteps, and 0 for the end, where
-    diffusers takes what is there for the picture. options: further arguments of the scheduler's step.
+    x_BCHW: clean + sigma * noise at sigmas[0]. sigmas: the model's levels of the timesteps, or of the last of them, and
+    0 for the end, where diffusers takes what is there for the picture. options: further arguments of its step.
     """
     scheduler = copy.deepcopy(scheduler)
     arguments = dict(options)
@@ -254,11 +254,12 @@ def drive(
         arguments["generator"] = list(noise.generators)
     if hasattr(scheduler, "noise_sampler_seed"):
         scheduler.noise_sampler_seed = [generator.initial_seed() for generator in noise.generators]
-    if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # else a first timestep that occurs twice is taken for the second one
     levels = torch.as_tensor(sigmas, dtype=torch.float64)
+    begin = len(scheduler.timesteps) + 1 - len(levels)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)  # else a first timestep that occurs twice is taken for the second one
     x = x_BCHW if exploding else x_BCHW / math.hypot(1, levels[0])
-    for timestep, (sigma, lower) in zip(scheduler.timesteps, pairwise(levels), strict=True):
+    for timestep, (sigma, lower) in zip(scheduler.timesteps[begin:], pairwise(levels), strict=True):
         # Whatever the frame of x, the network's input has constant variance.
         noisy_BCHW = scheduler.scale_model_input(x, timestep) * math.hypot(1, sigma)
         clean_BCHW = denoise(noisy_BCHW, sigma.item())

@@ -116,12 +116,12 @@ class Structure:
         """Names here and shapes of every tensor, by part."""
         with torch.device("meta"):
             parts = {"unet": UNet(self.unet), "vae": Autoencoder(self.vae)}
-            parts |= {part: CLIPText(config) for part, config in self.texts.items()}
-        found = {part: shapes_of(module.state_dict()) for part, module in parts.items()}
-        if self.pooled is not None:
-            width = self.texts["text_encoder_2"].hidden_size
-            found["text_encoder_2"]["text_projection.weight"] = (self.pooled, width)
-        return found
+            parts |= {part: self.text_encoder(part) for part in self.texts}
+        return {part: shapes_of(module.state_dict()) for part, module in parts.items()}
+
+    def text_encoder(self, part: str) -> CLIPText:
+        """A text encoder without its weights; the second one has a projection."""
+        return CLIPText(self.texts[part], self.pooled if part == "text_encoder_2" else None)
 
 
 class Place(NamedTuple):

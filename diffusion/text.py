@@ -1,6 +1,6 @@
-"""Prompts -> Condition: a tokenizer and CLIP's text transformer, one after the other."""
+"""Prompts -> Condition: a tokenizer and CLIP's text transformer, one after the other; SDXL has two such pairs."""
 
-# Shapes: B prompts, S tokens of the text, E width of the text embedding.
+# Shapes: B prompts, S tokens of the text, E width of the text embedding, P width of the pooled vector.
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ class Reading(NamedTuple):
 
 
 class TextEncoder:
-    """window: S, the tokens of every prompt. width: E. Raises GazeError when the two do not belong together."""
+    """window: S, the tokens of every prompt. width: E. penultimate: the states are those before the last layer, as SDXL
+    reads them. Raises GazeError when model and tokenizer do not belong together."""
 
-    def __init__(self, model: CLIPText, tokenizer: Tokenizer):
+    def __init__(self, model: CLIPText, tokenizer: Tokenizer, penultimate: bool = False):
         self.model = model
         self.tokenizer = tokenizer
+        self.penultimate = penultimate
         positions = model.config.max_position_embeddings
         self.window = positions if tokenizer.window is None else min(tokenizer.window, positions)
         self.width = model.config.hidden_size
@@ -47,10 +49,12 @@ class TextEncoder:
             )
 
     @classmethod
-    def from_pretrained(cls, text_encoder: str | Path, tokenizer: str | Path) -> TextEncoder:
+    def from_pretrained(
+        cls, text_encoder: str | Path, tokenizer: str | Path, penultimate: bool = False, projected: bool = False
+    ) -> TextEncoder:
         """Reads the two folders, weights as float32, for use; GazeError when one is broken."""
-        model = CLIPText.from_pretrained(text_encoder).eval().requires_grad_(False)
-        return cls(model, Tokenizer.from_pretrained(tokenizer))
+        model = CLIPText.from_pretrained(text_encoder, projected).eval().requires_grad_(False)
+        return cls(model, Tokenizer.from_pretrained(tokenizer), penultimate)
 
     def save_pretrained(
         self, text_encoder: str | Path, tokenizer: str | Path, dtype: torch.dtype | None = None
@@ -79,19 +83,38 @@ class TextEncoder:
                     break
         return Reading(tuple(rows), " ".join(filter(None, left)))
 
-    def encode(self, prompts: Sequence[str], chunks: int = 1) -> Condition:
+    def encode(self, prompts: Sequence[str | Reading], chunks: int = 1) -> Condition:
         """Prompts -> their condition, one row each, all as long as the longest and at least of so many chunks: empty
-        ones follow a shorter prompt.
+        ones follow a shorter prompt. The vector is the pooled one, where the model has it: of the first chunk.
 
         A token of weight w has its states moved from those of an empty chunk by w times the way to its own: 0 is as if
         nothing stood there, 1 changes nothing, to the bit.
         """
-        readings = [self.read(prompt) for prompt in prompts]
+        readings = [self.read(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         count = max(chunks, *(len(reading.chunks) for reading in readings))
         rows = [chunk for reading in readings for chunk in reading.chunks + (EMPTY,) * (count - len(reading.chunks))]
         tokens = torch.tensor([self.tokenizer.framed(ids, self.window) for ids, _ in [*rows, EMPTY]])
-        states_BSE = self.model(tokens.to(self.model.final_layer_norm.weight.device))
+        tokens = tokens.to(self.model.final_layer_norm.weight.device)
+        pooled_BP = None
+        if self.penultimate:
+            ends = (tokens == self.tokenizer.end).int().argmax(dim=1)  # the first, as transformers has it
+            states_BSE, pooled_BP = self.model.penultimate(tokens, ends)
+        else:
+            states_BSE = self.model(tokens)
         states_BSE, empty_SE = states_BSE[:-1], states_BSE[-1]
         framed = [[1.0, *weights] + [1.0] * (self.window - 1 - len(weights)) for _, weights in rows]
         states_BSE = torch.lerp(empty_SE, states_BSE, torch.tensor(framed).to(states_BSE)[:, :, None])
-        return Condition(states_BSE.unflatten(0, (-1, count)).flatten(1, 2))
+        context_BSE = states_BSE.unflatten(0, (-1, count)).flatten(1, 2)
+        return Condition(context_BSE, None if pooled_BP is None else pooled_BP[:-1:count])
+
+
+Readings = tuple[Reading, ...]  # of one prompt, by each text encoder
+
+
+def encode(encoders: Sequence[TextEncoder], prompts: Sequence[Readings], chunks: int = 1) -> Condition:
+    """As `TextEncoder.encode`, with the states of several encoders side by side along E, and the last one's vector."""
+    chunks = max(chunks, *(len(reading.chunks) for readings in prompts for reading in readings))
+    each = [
+        encoder.encode(readings, chunks) for encoder, readings in zip(encoders, zip(*prompts, strict=True), strict=True)
+    ]
+    return Condition(torch.cat([one.context_BSE for one in each], dim=-1), each[-1].vector_BV)

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from diffusion.errors import GazeError, nearest
-from pipelines.text_to_image import DEFAULT_MODEL, Request, TextToImage
+from pipelines.request import Request
+from pipelines.text_to_image import DEFAULT_MODEL, TextToImage
 
 # Samplers without noise between the steps, and the diffusers class that each must agree with.
 DIFFUSERS_CLASS = {

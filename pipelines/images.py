@@ -6,6 +6,7 @@ Shapes: B batch, C channels (3), H W height and width in pixels.
 import contextlib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,22 @@ from diffusion.errors import GazeError
 
 WHITE = (255, 255, 255)
 SETTINGS_KEY = "gaze"  # keyword of the PNG's text chunk
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow knows more; some of them run other programs
+MOST_PIXELS = 64_000_000  # a file of some kilobytes can claim to be larger than any memory
+
+
+def open_picture(file: str | Path, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """A picture of a file as `to_rgb` makes it. Raises GazeError when there is none, or one of too many pixels."""
+    try:
+        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as opened:
+            warnings.simplefilter("ignore")  # of odd metadata; and our own limit of size is lower than Pillow's
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(
+                    f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS / 1e6:.0f} million"
+                )
+            return to_rgb(opened, background)
+    except Exception as error:  # Pillow's readers let almost any error through
+        raise GazeError(f"{file} cannot be read as a picture: {error}", f"a {', '.join(FORMATS)} file") from error
 
 
 def to_pil(pixels_BCHW: Tensor) -> list[Image.Image]:

@@ -41,7 +41,13 @@ UNETS: dict[str, dict[str, Any]] = {
         "projection_class_embeddings_input_dim": 96 + 6 * 32,
     },
 }
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+}
 
 
 def text_config(width: int, act: str, **options: Any) -> CLIPTextConfig:

@@ -22,7 +22,6 @@ from diffusion.header import LONGEST, MOST, read_header
 from diffusion.pretrained import load_model
 from diffusion.single_file import open_single_file
 from diffusion.tokenizer import Tokenizer
-from pipelines import TextToImage
 from pipelines.inspection import inspect
 from tests.narrow_models import narrow_pipeline
 from tests.small_pipeline import small_pipeline
@@ -138,11 +137,6 @@ def test_prompts_are_filled_up_as_the_text_encoder_was_trained(made, tmp_path, f
     text.tokenizer.save_pretrained(tmp_path / "again")
     again = Tokenizer.from_pretrained(tmp_path / "again")
     assert again.tokens(["red cat", ""], 16).equal(text.tokens(["red cat", ""]))
-
-
-def test_two_text_encoders_are_refused_as_in_a_folder(made):
-    said = refusal(TextToImage.from_pretrained, made / "sdxl.safetensors", tokenizer=made / "model")
-    assert "StableDiffusionXLPipeline with two text encoders, which the pipeline does not run yet" in said
 
 
 # Folders that a single file cannot tell

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusion.errors import GazeError
-from pipelines.images import to_rgb, to_tensor
+from pipelines.images import open_picture, to_tensor
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow knows more; some of them run other programs
-MOST_PIXELS = 64_000_000  # a file of some kilobytes can claim to be larger than any memory
 MOST_BROKEN = 0.05  # share of pictures that may fail to decode before a run stops
 
 
@@ -130,13 +127,9 @@ def _read_caption(file: Path) -> str:
 def decode(file: Path, size: int) -> Tensor:
     """A picture as CHW in [-1, 1]: upright by EXIF, alpha on white, central square, resized with Lanczos.
 
-    When it does not decode, Pillow raises whatever it stumbles over.
+    Raises GazeError when it does not decode.
     """
-    with Image.open(file, formats=FORMATS) as opened:
-        if opened.width * opened.height > MOST_PIXELS:
-            raise ValueError(f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS / 1e6:.0f} million")
-        picture = ImageOps.fit(to_rgb(opened), (size, size), Image.Resampling.LANCZOS)
-    return to_tensor(picture)[0]
+    return to_tensor(ImageOps.fit(open_picture(file), (size, size), Image.Resampling.LANCZOS))[0]
 
 
 def check(entries: list[Entry], size: int) -> tuple[list[Entry], list[Skipped]]:
@@ -147,11 +140,9 @@ def check(entries: list[Entry], size: int) -> tuple[list[Entry], list[Skipped]]:
     good, skipped = [], []
     for entry in entries:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd metadata; and our own limit of size is lower than Pillow's
-                decode(entry.file, size)
-        except Exception as error:  # Pillow's readers let almost any error through
-            skipped.append(Skipped(entry.file, f"{type(error).__name__}: {error}"))
+            decode(entry.file, size)
+        except GazeError as error:
+            skipped.append(Skipped(entry.file, error.problem))
         else:
             good.append(entry)
     if len(skipped) > MOST_BROKEN * len(entries):

@@ -1,0 +1,246 @@
+"""What a caller asks for, checked against a model: a request becomes a plan.
+
+Shapes: B pictures of one call, C latent channels, H W latent or picture size.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from diffusion.errors import GazeError
+from diffusion.guidance import Guidance
+from diffusion.pretrained import Model
+from diffusion.samplers import Trajectory
+from diffusion.schedulers import prepare
+from diffusion.text import Readings
+
+from .canvas import Canvas, canvas
+
+Picture = Image.Image | str | Path
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asks for. Names and meanings are diffusers'; None takes the model's default.
+
+    prompt: one or several; "" is a prompt too and means any picture.
+    negative_prompt: one for all prompts or one for each; no effect at guidance_scale 1.
+    seed: picture i has seed + i, counted over the prompts and for each over num_images; None draws one.
+    scheduler: name of a sampler, with options as in "ddim:eta=0.5", or a diffusers scheduler object (it is copied).
+    spacing: of its noise levels: karras, exponential, beta, linear, trailing or leading.
+    height, width: pixels, multiples of the autoencoder's factor.
+    latents: start noise of unit variance, BCHW, instead of the seeds' own.
+    image: a picture, or its file, to start from. strength: how far to leave it, above 0 up to 1; 0.8, with a mask 1.
+    mask_image: of the image's size; it is painted anew where this is white.
+    guidance_rescale, guidance_interval, projected_guidance: as in `Guidance`; an end of the interval may be None.
+    original_size, crops_coords_top_left, target_size: what SDXL is told, pixels, height (top) first; by default the
+        picture's size and (0, 0).
+    """
+
+    prompt: str | Sequence[str]
+    negative_prompt: str | Sequence[str] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    num_images: int = 1
+    scheduler: Any = None
+    spacing: str | None = None
+    height: int | None = None
+    width: int | None = None
+    latents: Tensor | None = None
+    image: Picture | None = None
+    strength: float | None = None
+    mask_image: Picture | None = None
+    guidance_rescale: float = 0.0
+    guidance_interval: Sequence[float | None] | None = None
+    projected_guidance: bool = False
+    original_size: Sequence[int] | None = None
+    crops_coords_top_left: Sequence[int] | None = None
+    target_size: Sequence[int] | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request with every default filled in and every value checked.
+
+    first: the noise level, by its number, that the run begins at; above 0 only with a picture to start from.
+    sizes: SDXL's six numbers. noted: settings of every picture beside its own prompts and seed.
+    """
+
+    prompts: list[str]  # one per picture, as are the two below
+    negative_prompts: list[str | None]
+    seeds: list[int]
+    readings: dict[str, Readings]
+    trajectory: Trajectory
+    guidance: Guidance
+    height: int
+    width: int
+    start_BCHW: Tensor | None
+    canvas: Canvas | None
+    first: int
+    sizes: list[int]
+    dropped: list[str]
+    noted: dict[str, Any]
+
+    def settings(self) -> list[dict[str, Any]]:
+        pictures = zip(self.prompts, self.negative_prompts, self.seeds, strict=True)
+        return [{"prompt": p, "negative_prompt": n, "seed": s, **self.noted} for p, n, s in pictures]
+
+
+def make_plan(model: Model, request: Request) -> Plan:
+    """Checks a request and fills in the model's defaults. Raises GazeError."""
+    defaults = model.defaults
+    prompts = _texts("prompt", request.prompt)
+    none = None if model.zeros else ""
+    negatives = [none] if request.negative_prompt is None else _texts("negative_prompt", request.negative_prompt)
+    if len(negatives) not in (1, len(prompts)):
+        raise GazeError(f"{len(prompts)} prompts have {len(negatives)} negative prompts", "one for all, or one each")
+    negatives = negatives * (len(prompts) // len(negatives))
+    count = _whole("num_images", request.num_images, 1)
+    total = len(prompts) * count
+    steps = _first(request.num_inference_steps, defaults.get("num_inference_steps"), 50)
+    scheduler = _first(request.scheduler, defaults.get("scheduler"), model.scheduler)
+    trajectory = prepare(scheduler, model.schedule, _whole("num_inference_steps", steps, 1), request.spacing)
+    guidance = Guidance(
+        _number("guidance_scale", _first(request.guidance_scale, defaults.get("guidance_scale"), 7.5)),
+        _number("guidance_rescale", request.guidance_rescale),
+        _interval(request.guidance_interval),
+        request.projected_guidance,
+    )
+    drawn = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
+    seed = _whole("seed", drawn, 0, 2**63 - total)
+    factor = model.autoencoder.factor
+    picture = canvas(request.image, request.mask_image, request.strength, request.height, request.width, factor)
+    if model.inpaints and (picture is None or picture.mask_BCHW is None):
+        raise GazeError("this model paints into pictures", "a picture and a mask: image and mask_image, --init, --mask")
+    if picture is None:
+        height, width = picture_size(model.unet.config.sample_size, factor, request.height, request.width)
+    else:
+        height, width = picture.pixels_BCHW.shape[-2:]
+    expected = (total, model.autoencoder.latent_channels, height // factor, width // factor)
+    if request.latents is not None and tuple(request.latents.shape) != expected:
+        raise GazeError(
+            f"latents are {tuple(request.latents.shape)}, but {total} pictures of {height}x{width} take {expected}",
+            "torch.randn of that shape",
+        )
+    guided = [negative for negative in negatives if negative is not None] if guidance.scale != 1 else []
+    readings = {prompt: model.read(prompt) for prompt in dict.fromkeys([*prompts, *guided])}
+    ends = [next((reading.dropped for reading in each if reading.dropped), "") for each in readings.values()]
+    sizes, told = _sizes(model, request, height, width)
+    return Plan(
+        prompts=[prompt for prompt in prompts for _ in range(count)],
+        negative_prompts=[negative for negative in negatives for _ in range(count)],
+        seeds=list(range(seed, seed + total)),
+        readings=readings,
+        trajectory=trajectory,
+        guidance=guidance,
+        height=height,
+        width=width,
+        start_BCHW=request.latents,
+        canvas=picture,
+        first=0 if picture is None else trajectory.begin(picture.strength),
+        sizes=sizes,
+        dropped=[end for end in ends if end],
+        noted=_noted(trajectory, guidance, height, width) | ({} if picture is None else picture.noted) | told,
+    )
+
+
+def picture_size(
+    trained: int | tuple[int, int] | None, factor: int, height: int | None, width: int | None
+) -> tuple[int, int]:
+    """Height and width in pixels: asked for, else those the model was trained at, which are given as latents.
+
+    Raises GazeError when neither is known, and for a side that the factor does not divide.
+    """
+    own = trained if isinstance(trained, tuple) else (trained, trained)
+    sides = []
+    for name, asked, latent in zip(("height", "width"), (height, width), own, strict=True):
+        side = asked if asked is not None or latent is None else latent * factor
+        if side is None:
+            raise GazeError(f"this model does not say its picture size, and no {name} was given", f"{name}=512")
+        if _whole(name, side, 1) % factor:
+            below, above = max(side // factor, 1) * factor, (side // factor + 1) * factor
+            raise GazeError(f"{name} is {side}; this model makes multiples of {factor}", f"{below} or {above}")
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _noted(trajectory: Trajectory, guidance: Guidance, height: int, width: int) -> dict[str, Any]:
+    noted: dict[str, Any] = {
+        "scheduler": trajectory.name,
+        **({} if trajectory.spacing is None else {"spacing": trajectory.spacing}),
+        "num_inference_steps": trajectory.steps,
+        "guidance_scale": guidance.scale,
+        "height": height,
+        "width": width,
+    }
+    if guidance.rescale:
+        noted["guidance_rescale"] = guidance.rescale
+    if guidance.interval != Guidance.interval:
+        low, high = guidance.interval
+        noted["guidance_interval"] = [low, high if math.isfinite(high) else None]
+    if guidance.projected:
+        noted["projected_guidance"] = True
+    return noted
+
+
+def _sizes(model: Model, request: Request, height: int, width: int) -> tuple[list[int], dict[str, Any]]:
+    """What SDXL is told of the picture's sizes, and those that were asked for."""
+    asked = {
+        "original_size": request.original_size,
+        "crops_coords_top_left": request.crops_coords_top_left,
+        "target_size": request.target_size,
+    }
+    pairs = {name: _two(name, pair) for name, pair in asked.items() if pair is not None}
+    told = {name: [_whole(name, number, 0, 2**20) for number in pair] for name, pair in pairs.items()}
+    if told and model.text_2 is None:
+        raise GazeError(f"{next(iter(told))} was given, but this model is not told sizes", "leave it out")
+    own = {"original_size": [height, width], "crops_coords_top_left": [0, 0], "target_size": [height, width]}
+    return [number for pair in (own | told).values() for number in pair], told
+
+
+def _first(*values: Any) -> Any:
+    """The first that is not None."""
+    return next(value for value in values if value is not None)
+
+
+def _whole(name: str, value: Any, least: int, most: int = 2**63) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        limit = "" if most == 2**63 else f" and at most {most}"
+        raise GazeError(f"{name} is {value!r}", f"a whole number, at least {least}{limit}")
+    return value
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise GazeError(f"{name} is {value!r}", "a number; guidance_scale 1 turns guidance off")
+    return float(value)
+
+
+def _two(name: str, value: Any) -> Sequence[Any]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise GazeError(f"{name} is {value!r}", "two numbers, such as (512, 768)")
+    return value
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    ends = [None, None] if value is None else value if isinstance(value, list | tuple) else []
+    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | float | None) for end in ends):
+        raise GazeError(f"guidance_interval is {value!r}", "two noise levels, the lower first, such as (0.2, 5)")
+    low, high = (whole if end is None else float(end) for end, whole in zip(ends, Guidance.interval, strict=True))
+    return low, high
+
+
+def _texts(name: str, value: Any) -> list[Any]:
+    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else [value]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise GazeError(f"{name} is {value!r}", "a text or a list of texts")
+    return texts
