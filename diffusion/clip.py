@@ -157,13 +157,11 @@ class CLIPText(nn.Module):
 
         ends_B: the places of the end tokens.
         """
-        *layers, last = self.encoder["layers"]
-        x_BSE = self.embed(tokens_BS)
-        for layer in layers:
-            x_BSE = layer(x_BSE)
+        layers: Any = self.encoder["layers"]
+        x_BSE = layers[:-1](self.embed(tokens_BS))
         if self.text_projection is None:
             return x_BSE, None
-        ends_BE = self.final_layer_norm(last(x_BSE))[torch.arange(len(ends_B)), ends_B]
+        ends_BE = self.final_layer_norm(layers[-1](x_BSE))[torch.arange(len(ends_B)), ends_B]
         return x_BSE, self.text_projection(ends_BE)
 
     @torch.no_grad()

@@ -146,5 +146,5 @@ def to_original(name: str, value: Tensor) -> Tensor:
 def from_original(name: str, value: Tensor) -> Tensor:
     """The inverse of `to_original`."""
     if TRANSPOSED.search(name):
-        return value.t()
+        return value.t().contiguous()
     return value.flatten(1) if POINTWISE.search(name) else value
