@@ -132,12 +132,16 @@ class Place(NamedTuple):
     shape: tuple[int, ...]
 
 
+def unet_counts(unet: UNetConfig) -> Counts:
+    attends = [kind.startswith("CrossAttn") for kind in unet.up_block_types]
+    return Counts(len(attends), unet.per_level("layers_per_block")[0], attends)
+
+
 def layout(structure: Structure) -> dict[str, Place]:
     """The place of every original tensor of a model: what both directions of a conversion go by."""
-    unet, vae = structure.unet, structure.vae
-    attends = [kind.startswith("CrossAttn") for kind in unet.up_block_types]
+    vae = structure.vae
     kinds = {
-        "unet": ("unet", UNET, Counts(len(attends), unet.per_level("layers_per_block")[0], attends)),
+        "unet": ("unet", UNET, unet_counts(structure.unet)),
         "vae": ("vae", VAE, Counts(len(vae.block_out_channels), vae.layers_per_block)),
         **{part: (kind, prefix, Counts()) for part, (kind, prefix) in structure.family.texts.items()},
     }

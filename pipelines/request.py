@@ -41,6 +41,7 @@ class Request:
     image: a picture, or its file, to start from. strength: how far to leave it, above 0 up to 1; 0.8, with a mask 1.
     mask_image: of the image's size; it is painted anew where this is white.
     guidance_rescale, guidance_interval, projected_guidance: as in `Guidance`; an end of the interval may be None.
+    lora: what must be loaded, as in `Result.settings`; None: whatever is.
     original_size, crops_coords_top_left, target_size: what SDXL is told, pixels, height (top) first; by default the
         picture's size and (0, 0).
     """
@@ -62,6 +63,7 @@ class Request:
     guidance_rescale: float = 0.0
     guidance_interval: Sequence[float | None] | None = None
     projected_guidance: bool = False
+    lora: Sequence[dict[str, Any]] | None = None
     original_size: Sequence[int] | None = None
     crops_coords_top_left: Sequence[int] | None = None
     target_size: Sequence[int] | None = None
@@ -95,8 +97,8 @@ class Plan:
         return [{"prompt": p, "negative_prompt": n, "seed": s, **self.noted} for p, n, s in pictures]
 
 
-def make_plan(model: Model, request: Request) -> Plan:
-    """Checks a request and fills in the model's defaults. Raises GazeError."""
+def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = ()) -> Plan:
+    """Checks a request and fills in the model's defaults. loras: what is loaded. Raises GazeError."""
     defaults = model.defaults
     prompts = _texts("prompt", request.prompt)
     none = None if model.zeros else ""
@@ -131,6 +133,8 @@ def make_plan(model: Model, request: Request) -> Plan:
             f"latents are {tuple(request.latents.shape)}, but {total} pictures of {height}x{width} take {expected}",
             "torch.randn of that shape",
         )
+    if request.lora is not None and [*request.lora] != [*loras]:
+        raise GazeError(f"the lora asked for is {request.lora}, loaded is {loras}", "unload_lora, load_lora")
     guided = [negative for negative in negatives if negative is not None] if guidance.scale != 1 else []
     readings = {prompt: model.read(prompt) for prompt in dict.fromkeys([*prompts, *guided])}
     ends = [next((reading.dropped for reading in each if reading.dropped), "") for each in readings.values()]
@@ -149,7 +153,10 @@ def make_plan(model: Model, request: Request) -> Plan:
         first=0 if picture is None else trajectory.begin(picture.strength),
         sizes=sizes,
         dropped=[end for end in ends if end],
-        noted=_noted(trajectory, guidance, height, width) | ({} if picture is None else picture.noted) | told,
+        noted=_noted(trajectory, guidance, height, width)
+        | ({} if picture is None else picture.noted)
+        | ({"lora": [*loras]} if loras else {})
+        | told,
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from diffusion.condition import Condition
 from diffusion.denoiser import Denoiser
+from diffusion.lora import add_lora
 from diffusion.packed import pack
 from diffusion.pretrained import Model, load_model
 from diffusion.samplers import Denoise, PictureNoise, Step
@@ -72,10 +74,12 @@ class Preview:
 
 
 class TextToImage:
-    """A model, ready to make pictures. Holds no state between calls: threads may share it."""
+    """A model, ready to make pictures. Calls leave nothing behind: threads may share it."""
 
     def __init__(self, model: Model):
         self.model = model
+        self._loras: list[dict[str, Any]] = []
+        self._added = ExitStack()
 
     @classmethod
     def from_pretrained(
@@ -99,6 +103,19 @@ class TextToImage:
             module.to(*args, **kwargs)
         return self
 
+    def load_lora(self, path: str | Path, weight: float = 1.0) -> None:
+        """Adds a LoRA to every picture from now on; several add up. Files, weights and errors are those of `add_lora`.
+
+        No other thread may be making pictures meanwhile.
+        """
+        self._added.callback(add_lora(self.model.modules, path, weight))
+        self._loras.append({"path": str(path), "weight": weight})
+
+    def unload_lora(self) -> None:
+        """Takes off all that `load_lora` added; pictures are then bit-equal to those before. Threads as there."""
+        self._added.close()
+        self._loras.clear()
+
     @property
     def device(self) -> torch.device:
         return next(self.model.unet.parameters()).device
@@ -121,7 +138,7 @@ class TextToImage:
 
     def plan(self, request: Request) -> Plan:
         """Checks a request and fills in the model's defaults. Raises GazeError."""
-        return make_plan(self.model, request)
+        return make_plan(self.model, request, self._loras)
 
     @torch.inference_mode()
     def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Every `gaze` command and every piece of Python that the documentation shows works as it stands there.
 
 They run in a folder that has what they name: `castle/`, a model folder of diffusers, `castle.safetensors`, the same in
-one file, and pictures. Without --model they use the shipped model.
+one file, two LoRA files, and pictures. Without --model they use the shipped model.
 """
 
 import re
@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import save_file
 
 from diffusion.convert import convert
+from diffusion.pretrained import load_model
 from tests.narrow_models import narrow_pipeline
+from tests.random_lora import flat, random_lora
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,6 +51,10 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     narrow_pipeline("sd1").save_pretrained(folder / "castle")
     convert(folder / "castle", folder / "castle.safetensors")
+    networks = load_model(folder / "castle").modules
+    networks.pop("vae")
+    for seed, name in enumerate(("style", "dog")):
+        save_file(flat(random_lora(networks, seed)), folder / f"{name}.safetensors")
     return folder
 
 
