@@ -4,30 +4,45 @@
 
 Pictures of one pixel from a mixture of three normal distributions: the best denoiser is a formula, and where the
 probability flow ends is known from an integrator of eighth order that chooses its own steps (scipy's DOP853, relative
-error 1e-13). Levels are even in log sigma, from 10 to 0.05. The order is how many times the error halves where the
-steps double, from 160 to 320. Prints a table in Markdown.
+error 1e-13). Levels are even in log sigma, from 10 to 0.05; those of flow-matching models are even in time, from pure
+noise at time 1. The order is how many times the error halves where the steps double, from 160 to 320. Prints a table in
+Markdown.
 """
 
 import argparse
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from diffusion.samplers import SAMPLERS, Step
+from diffusion.methods import Method
+from diffusion.noise import flow_sigma
+from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler
 
-METHODS: dict[str, Callable[..., Iterator[Step]]] = {
-    "euler": SAMPLERS["euler"].integrate,
-    "ddim": SAMPLERS["ddim"].integrate,
-    "heun": SAMPLERS["heun"].integrate,
-    "dpmpp_2m": SAMPLERS["dpmpp_2m"].integrate,
-    "dpmpp_3m_sde:eta=0": partial(SAMPLERS["dpmpp_3m_sde"].integrate, eta=0.0),
-    "unipc": SAMPLERS["unipc"].integrate,
+
+class Case(NamedTuple):
+    """A sampler and its method, with its options."""
+
+    sampler: Sampler
+    method: Method
+    flow: bool = False
+
+
+METHODS = {
+    "euler": Case(SAMPLERS["euler"], SAMPLERS["euler"].integrate),
+    "ddim": Case(SAMPLERS["ddim"], SAMPLERS["ddim"].integrate),
+    "heun": Case(SAMPLERS["heun"], SAMPLERS["heun"].integrate),
+    "dpmpp_2m": Case(SAMPLERS["dpmpp_2m"], SAMPLERS["dpmpp_2m"].integrate),
+    "dpmpp_3m_sde:eta=0": Case(SAMPLERS["dpmpp_3m_sde"], partial(SAMPLERS["dpmpp_3m_sde"].integrate, eta=0.0)),
+    "unipc": Case(SAMPLERS["unipc"], SAMPLERS["unipc"].integrate),
+    "euler (flow)": Case(FLOW_SAMPLERS["euler"], FLOW_SAMPLERS["euler"].integrate, flow=True),
+    "heun (flow)": Case(FLOW_SAMPLERS["heun"], FLOW_SAMPLERS["heun"].integrate, flow=True),
 }
 STEPS = (5, 10, 20, 40, 80, 160, 320)
 FIRST, LAST = 10.0, 0.05
@@ -53,17 +68,34 @@ def right_answer() -> Tensor:
         return x_B - denoise(torch.from_numpy(x_B), math.exp(level)).numpy()
 
     ends = (math.log(FIRST), math.log(LAST))
-    flow = solve_ivp(slope, ends, STARTS_B.numpy(), method="DOP853", rtol=1e-13, atol=1e-13)
+    return integral(slope, ends, STARTS_B)
+
+
+def right_flow() -> Tensor:
+    """The same in the frame of flow-matching models, from STARTS_B / FIRST at time 1: dx / dt = (x - clean) / t."""
+
+    def slope(time: float, x_B: np.ndarray) -> np.ndarray:
+        sigma = flow_sigma(torch.tensor(time)).item()
+        return (x_B - denoise(torch.from_numpy(x_B) * (1 + sigma), sigma).numpy()) / time
+
+    return integral(slope, (1.0, LAST / (1 + LAST)), STARTS_B / FIRST) * (1 + LAST)
+
+
+def integral(slope: Callable[[float, np.ndarray], np.ndarray], ends: tuple[float, float], starts_B: Tensor) -> Tensor:
+    flow = solve_ivp(slope, ends, starts_B.numpy(), method="DOP853", rtol=1e-13, atol=1e-13)
     return torch.from_numpy(flow.y[:, -1])
 
 
-def errors(method: Callable[..., Iterator[Step]], steps: tuple[int, ...] = STEPS) -> list[float]:
+def errors(case: Case, steps: tuple[int, ...] = STEPS) -> list[float]:
     """The largest error over all starts, for each number of steps."""
-    exact_B = right_answer()
+    exact_B = right_flow() if case.flow else right_answer()
     found = []
     for count in steps:
-        sigmas = torch.linspace(math.log(FIRST), math.log(LAST), count + 1, dtype=torch.float64).exp().tolist()
-        *_, last = method(denoise, STARTS_B, sigmas, noise=lambda: torch.zeros_like(STARTS_B))
+        even = torch.linspace(math.log(FIRST), math.log(LAST), count + 1, dtype=torch.float64).exp()
+        times = torch.linspace(1, LAST / (1 + LAST), count + 1, dtype=torch.float64)
+        sigmas = flow_sigma(times) if case.flow else even
+        x_B = STARTS_B / FIRST * (1 + sigmas[0]) if case.flow else STARTS_B
+        *_, last = case.method(denoise, x_B, sigmas.tolist(), lambda: torch.zeros_like(STARTS_B))
         found.append((last.x_BCHW - exact_B).abs().max().item())
     return found
 
@@ -79,9 +111,9 @@ def table(results: dict[str, list[float]]) -> str:
 
 def plot(results: dict[str, list[float]]) -> str:
     """Errors over network calls, both logarithmic, as an SVG."""
-    colors = ("#888888", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#d62728")
+    colors = ("#888888", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#d62728", "#8c564b", "#e377c2")
     left, top, width, height = 60, 20, 560, 360
-    calls = {name: [SAMPLERS[name.partition(":")[0]].calls_per_step * count for count in STEPS] for name in results}
+    calls = {name: [METHODS[name].sampler.calls_per_step * count for count in STEPS] for name in results}
     low, high = -9, 0  # powers of ten of the error
 
     def place(count: float, error: float) -> str:
@@ -114,7 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    results = {name: errors(method) for name, method in METHODS.items()}
+    results = {name: errors(case) for name, case in METHODS.items()}
     print(table(results))
     if arguments.plot is not None:
         arguments.plot.write_text(plot(results))

@@ -1,24 +1,30 @@
-"""The scheduler classes of diffusers: which fit a model with a table of noise levels, and why the others do not."""
+"""The scheduler classes of diffusers: which fit a model with a table of noise levels, which a flow-matching model, and
+why the others fit neither."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from .noise import PREDICTION_TYPES
+from .scheduler_config import FLOW, PREDICTION_TYPES
+from .spacing import LEVEL_SPACINGS
 
 VELOCITY = ("epsilon", "v_prediction")  # what classes without the prediction type "sample" read
 
 
 @dataclass(frozen=True)
 class Foreign:
-    """A diffusers class that fits a model with a table of noise levels.
+    """A diffusers class that fits a kind of model.
 
     order: how fast the error falls with the step's length, of a stochastic method without its noise.
-    exploding: its x is clean + sigma * noise; else that divided by sqrt(1 + sigma^2).
+    exploding: its x is clean + sigma * noise; else the network's input.
     calls_per_step: network calls in each step but the last, which has one; extra_calls: how many more from 2 steps on.
-    outputs: the prediction types it reads. Any model fits: the denoiser's answer is turned into one of them.
-    own_timesteps: it takes the option timestep_spacing and does not read it.
+    outputs: the prediction types it reads. A model that predicts something else
+        fits too, if it is of this kind: the denoiser's answer is turned into one of them.
+    own_timesteps: it takes the option timestep_spacing, if at all, and does not read it.
+    levels: the spacings of levels that work, where the class has the option.
+    levels_of: another class that it hands its options to, for its levels.
     options: what the name stands for beside the class. needs: a package beside diffusers.
     """
 
@@ -30,6 +36,8 @@ class Foreign:
     extra_calls: int = 0
     outputs: Sequence[str] = PREDICTION_TYPES
     own_timesteps: bool = False
+    levels: Sequence[str] = LEVEL_SPACINGS
+    levels_of: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: str = ""
 
@@ -78,12 +86,38 @@ FOREIGN = {
     ),
     "tcd": Foreign("TCDScheduler", 1, stochastic=True, own_timesteps=True),
 }
-OF_CLASS = {row.class_name: dataclasses.replace(row, options={}) for row in FOREIGN.values()}
 
-FLOW = "it integrates a flow-matching model"
+flow = partial(Foreign, outputs=(FLOW,), own_timesteps=True)
+# With the other spacings these classes take their levels, above 1, from a table of betas that no flow model has.
+solver = partial(flow, levels=())
+FLOW_FOREIGN = {
+    "FlowMapEulerDiscreteScheduler": flow("FlowMapEulerDiscreteScheduler", 1),
+    "FlowMatchEulerDiscreteScheduler": flow("FlowMatchEulerDiscreteScheduler", 1),
+    "FlowMatchHeunDiscreteScheduler": flow("FlowMatchHeunDiscreteScheduler", 2, calls_per_step=2),
+    "FlowMatchLCMScheduler": flow("FlowMatchLCMScheduler", 1, stochastic=True),
+    "UniPCMultistepScheduler": solver("UniPCMultistepScheduler", 2, levels=("karras",)),
+    "deis": solver("DEISMultistepScheduler", 2),
+    "dpmsolver++": solver("DPMSolverMultistepScheduler", 2),
+    "dpmsolver_singlestep": solver("DPMSolverSinglestepScheduler", 2, options={"lower_order_final": True}),
+    "euler_ancestral_rf": flow(
+        "LTXEulerAncestralRFScheduler", 1, stochastic=True, levels_of="FlowMatchEulerDiscreteScheduler"
+    ),
+    "sasolver": solver("SASolverScheduler", 2, stochastic=True),
+    "sde-dpmsolver++": solver(
+        "DPMSolverMultistepScheduler", 2, stochastic=True, options={"algorithm_type": "sde-dpmsolver++"}
+    ),
+}
+
+
+def of_class(rows: Mapping[str, Foreign]) -> dict[str, Foreign]:
+    """The same by the names of the classes, without what a name stands for beside."""
+    return {row.class_name: dataclasses.replace(row, options={}) for row in rows.values()}
+
+
 EDM = "it is for networks with EDM's own scalings"
 INVERSE = "it goes from a picture to noise"
 DISCRETE = "it fills in discrete tokens"
+STAGES = "it steps through the stages of a pyramid of picture sizes"
 OTHER = "it belongs to another kind of model"
 MISFITS = {
     "AmusedScheduler": DISCRETE,
@@ -100,20 +134,15 @@ MISFITS = {
     "EDMDPMSolverMultistepScheduler": EDM,
     "EDMEulerScheduler": EDM,
     "EntropyBoundScheduler": DISCRETE,
-    "FlowMapEulerDiscreteScheduler": FLOW,
-    "FlowMatchEulerDiscreteScheduler": FLOW,
-    "FlowMatchHeunDiscreteScheduler": FLOW,
-    "FlowMatchLCMScheduler": FLOW,
-    "HeliosDMDScheduler": FLOW,
-    "HeliosScheduler": FLOW,
+    "HeliosDMDScheduler": STAGES,
+    "HeliosScheduler": STAGES,
     "IPNDMScheduler": "its noise table is its own, not the model's",
     "KarrasVeScheduler": EDM,
-    "LTXEulerAncestralRFScheduler": FLOW,
-    "MiniMaxH3Scheduler": FLOW,
-    "PiflowScheduler": FLOW,
+    "MiniMaxH3Scheduler": "its networks are told 1 - t and predict the flow with the other sign",
+    "PiflowScheduler": "its networks predict several pictures at once",
     "RFD4ProteinaScheduler": OTHER,
     "RePaintScheduler": "it repaints a masked picture",
-    "SCMScheduler": FLOW,
+    "SCMScheduler": "its networks are told an angle and predict along a circle",
     "ScoreSdeVeScheduler": OTHER,
     "ScoreSdeVpScheduler": OTHER,
     "UnCLIPScheduler": OTHER,

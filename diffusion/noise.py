@@ -1,9 +1,10 @@
-"""Noise schedules: training timestep <-> noise level, spacings of levels, and what a network's output means.
+"""Noise schedules: training timestep <-> noise level, and what a network's output means.
 
 Everything here is in the variance exploding frame: x = clean + sigma * noise. Stable Diffusion's own frame, of
-constant variance, is x / sqrt(1 + sigma^2), which is exactly what c_in feeds to the network.
+constant variance, is x / sqrt(1 + sigma^2), that of flow-matching models (1 - t) * clean + t * noise = x / (1 + sigma)
+with t = sigma / (1 + sigma): exactly what c_in feeds to the network.
 
-Shape letters: T training timesteps, N points asked for.
+Shape letters: T training timesteps.
 """
 
 import math
@@ -14,100 +15,11 @@ import torch
 from torch import Tensor
 
 from .errors import GazeError, nearest
+from .scheduler_config import DDPM_BETAS, FLOW, PREDICTION_TYPES, SCHEDULERS, check_options, is_flow
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
-SPACINGS = ("leading", "linspace", "trailing")
-# Levels between the ends of the spaced timesteps, in place of those that belong to the timesteps.
-LEVEL_SPACINGS = ("beta", "exponential", "karras")
-
-# The classes of diffusers whose scheduler_config.json is a table of noise levels, and the betas where it is silent.
-DDPM_BETAS = ("linear", 0.0001, 0.02)
-HEUN_BETAS = ("linear", 0.00085, 0.012)
-LATENT_BETAS = ("scaled_linear", 0.00085, 0.012)
-SCHEDULERS = {
-    "DDIMParallelScheduler": DDPM_BETAS,
-    "DDIMScheduler": DDPM_BETAS,
-    "DDPMParallelScheduler": DDPM_BETAS,
-    "DDPMScheduler": DDPM_BETAS,
-    "DEISMultistepScheduler": DDPM_BETAS,
-    "DPMSolverMultistepScheduler": DDPM_BETAS,
-    "DPMSolverSDEScheduler": HEUN_BETAS,
-    "DPMSolverSinglestepScheduler": DDPM_BETAS,
-    "EulerAncestralDiscreteScheduler": DDPM_BETAS,
-    "EulerDiscreteScheduler": DDPM_BETAS,
-    "HeunDiscreteScheduler": HEUN_BETAS,
-    "KDPM2AncestralDiscreteScheduler": HEUN_BETAS,
-    "KDPM2DiscreteScheduler": HEUN_BETAS,
-    "LCMScheduler": LATENT_BETAS,
-    "LMSDiscreteScheduler": DDPM_BETAS,
-    "PNDMScheduler": DDPM_BETAS,
-    "SASolverScheduler": DDPM_BETAS,
-    "TCDScheduler": LATENT_BETAS,
-    "UniPCMultistepScheduler": DDPM_BETAS,
-}
-
-MOST = 100_000  # of a whole number in an option: some are sizes of what is allocated
-
-# Options of a scheduler_config.json that are read, here or by the samplers.
-READ = {
-    "beta_end",
-    "beta_schedule",
-    "beta_start",
-    "final_sigmas_type",
-    "num_train_timesteps",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-    "set_alpha_to_one",
-    "steps_offset",
-    "timestep_spacing",
-    "trained_betas",
-    "use_beta_sigmas",
-    "use_exponential_sigmas",
-    "use_karras_sigmas",
-}
-# Options that change what the network is told: only these values are supported.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "shift_terminal": (None,),
-    "timestep_type": ("discrete",),
-    "use_dynamic_shifting": (False,),
-    "use_flow_sigmas": (False,),
-}
-# Options of a method alone, and the values that the samplers of this package honour. With another one, the method of
-# a model's folder is diffusers' own class (schedulers.py).
-METHOD: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++",),
-    "disable_corrector": ([],),
-    "euler_at_final": (False,),
-    "interpolation_type": ("linear",),
-    "lambda_min_clipped": (-math.inf, "-inf", "-Infinity"),
-    "lower_order_final": (True,),
-    "predict_x0": (True,),
-    "sigma_max": (None,),
-    "sigma_min": (None,),
-    "solver_order": (2,),
-    "solver_p": (None,),
-    "solver_type": ("midpoint", "bh2"),
-    "thresholding": (False,),
-    "use_lu_lambdas": (False,),
-    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
-}
-# Options without an effect on the samplers of this package, and why; diffusers' classes are given theirs.
-IGNORED = {
-    "clip_sample": "latents have no bounds to clip to; diffusers' StableDiffusionPipeline switches it off too",
-    "clip_sample_range": "belongs to clip_sample",
-    "corrector_order": "belongs to SASolverScheduler alone",
-    "dynamic_thresholding_ratio": "belongs to thresholding",
-    "flow_shift": "belongs to use_flow_sigmas, which is refused",
-    "noise_sampler_seed": "every picture has a generator of its own",
-    "original_inference_steps": "belongs to LCMScheduler and TCDScheduler alone",
-    "predictor_order": "belongs to SASolverScheduler alone",
-    "sample_max_value": "belongs to thresholding",
-    "skip_prk_steps": "belongs to PNDMScheduler; the schedule is the same without it",
-    "tau_func": "belongs to SASolverScheduler alone",
-    "time_shift_type": "belongs to use_dynamic_shifting, which is refused",
-    "timestep_scaling": "belongs to LCMScheduler and TCDScheduler alone",
-}
+# The level of pure noise at a flow model's time 1, which is infinite: the least at which sigma / (1 + sigma) is 1 in
+# float64. Steps are means of clean and x, so a high level costs no digits.
+PURE_NOISE = 2.0**53
 
 
 class Scaling(NamedTuple):
@@ -122,8 +34,12 @@ def scaling(prediction_type: str, sigma: Tensor) -> Scaling:
     """What a network's output means at noise level sigma >= 0 (any shape; the results have the same).
 
     "epsilon": the noise (Ho et al. 2020); "v_prediction": (noise - sigma * clean) / sqrt(1 + sigma^2) (Salimans & Ho
-    2022, appendix D); "sample": the clean picture. Raises GazeError for another name.
+    2022, appendix D); "sample": the clean picture; "flow_prediction": noise - clean (Liu et al. 2022, eq. 1; Esser et
+    al. 2024, section 2). Raises GazeError for another name.
     """
+    if prediction_type == FLOW:
+        c_in = 1 / (1 + sigma)
+        return Scaling(c_in, -sigma * c_in, c_in)
     c_in = torch.rsqrt(1 + sigma**2)
     if prediction_type == "epsilon":
         return Scaling(torch.ones_like(sigma), -sigma, c_in)
@@ -131,7 +47,7 @@ def scaling(prediction_type: str, sigma: Tensor) -> Scaling:
         return Scaling(c_in**2, -sigma * c_in, c_in)
     if prediction_type == "sample":
         return Scaling(torch.zeros_like(sigma), torch.ones_like(sigma), c_in)
-    raise GazeError(f"unknown prediction_type {prediction_type!r}", nearest(prediction_type, PREDICTION_TYPES))
+    raise GazeError(f"unknown prediction_type {prediction_type!r}", nearest(prediction_type, (*PREDICTION_TYPES, FLOW)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +64,15 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
-        """Read diffusers' scheduler_config.json of any class in SCHEDULERS.
+        """Read diffusers' scheduler_config.json of any class in SCHEDULERS or, for a FlowSchedule, FLOW_SCHEDULERS.
 
         Strict: an option is read, or fixed to the supported values, or the method's alone, or ignored for a stated
         reason; GazeError names an unknown or unsupported option and its value. The betas belong to the model, so where
         the file is silent they are the defaults of the class that it names, whatever sampler is used later.
         """
         check_options(config)
+        if is_flow(config):
+            return FlowSchedule.of_shift(config)
         kind, start, end = SCHEDULERS.get(config.get("_class_name", ""), DDPM_BETAS)
         betas_T = betas(
             config.get("beta_schedule", kind),
@@ -191,30 +109,51 @@ class NoiseSchedule:
         return high - 1 + (sigma - low_sigma) / (high_sigma - low_sigma)
 
 
-def check_options(config: dict[str, Any]) -> None:
-    """Raise GazeError for the first option of a scheduler_config.json that no sampler could honour."""
-    name = config.get("_class_name")
-    if name is not None and name not in SCHEDULERS:
-        raise GazeError(f"scheduler class {name!r} is not supported: other noise, or an unknown one",
-                        nearest(name, SCHEDULERS))  # fmt: skip
-    choices = FIXED | {"prediction_type": PREDICTION_TYPES, "timestep_spacing": SPACINGS}
-    choices |= {"final_sigmas_type": ("zero", "sigma_min")}
-    for option, value in config.items():
-        if isinstance(value, int) and abs(value) > MOST:
-            raise GazeError(f"scheduler option {option} is out of range", f"at most {MOST}")
-        if option.startswith("_") or option in IGNORED or option in METHOD:
-            continue
-        if option not in READ and option not in FIXED:
-            raise GazeError(f"unknown scheduler option {option!r} (value {value!r})", nearest(option, READ))
-        if option in choices and value not in choices[option]:
-            supported = " or ".join(repr(choice) for choice in choices[option])
-            raise GazeError(f"scheduler option {option} = {value!r} is not supported", f"{option} = {supported}")
+class FlowSchedule(NoiseSchedule):
+    """The noise levels of a flow-matching model, (1 - t) * clean + t * noise: t is timestep / T, sigma is t / (1 - t).
+
+    sigmas_T: those of the timesteps that it was trained on, which are shifted, as diffusers has them.
+    """
+
+    @classmethod
+    def of_shift(cls, config: dict[str, Any]) -> "FlowSchedule":
+        """The schedule of a checked scheduler_config.json. Raises GazeError for a number out of range."""
+        total, shift = config.get("num_train_timesteps", 1000), shift_of(config)
+        if total < 2:
+            raise GazeError(f"scheduler option num_train_timesteps is {total}", "a whole number from 2, such as 1000")
+        return cls(
+            flow_sigma(shifted(torch.arange(1, total + 1, dtype=torch.float64) / total, shift)), FLOW, dict(config)
+        )
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Noise level (float64, same shape) of a timestep from 0 to T, any fraction: PURE_NOISE at T."""
+        return flow_sigma(timestep.double() / len(self.sigmas_T))
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Timestep (float64, same shape, fractional) of a noise level: the inverse of `sigma`, up to rounding."""
+        sigma = sigma.double()
+        return sigma / (1 + sigma) * len(self.sigmas_T)
+
+
+def flow_sigma(time: Tensor) -> Tensor:
+    """Noise level (float64, same shape) of a flow's time in [0, 1]: PURE_NOISE at 1."""
+    return (time.double() / (1 - time.double())).clamp(max=PURE_NOISE)
+
+
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """A flow's time moved towards noise, the more the higher the shift; 1 leaves it (Esser et al. 2024, eq. 23)."""
+    return shift * time / (1 + (shift - 1) * time)
+
+
+def shift_of(config: dict[str, Any]) -> float:
+    """The shift in a checked scheduler_config.json, under either of diffusers' names."""
+    return float(config.get("shift", config.get("flow_shift", 1.0)))
 
 
 def betas(kind: str, start: float, end: float, count: int, trained: list[float] | None = None) -> Tensor:
     """Variance added by each of `count` training timesteps, [T].
 
-    kind: "linear" (Ho et al. 2020), "scaled_linear" (linear in the square root, Rombach et al. 2022),
+    kind: "linear" (Ho et al. 2020), "scaled_linear" (linear in the square root, Rombach et al. 2022), or else
     "squaredcos_cap_v2" (Nichol & Dhariwal 2021, eq. 17, capped at 0.999). `trained` replaces them all.
     In fp32, because models are trained and published with fp32 tables, whose rounding is 1e-4 of the lowest level.
     """
@@ -224,12 +163,10 @@ def betas(kind: str, start: float, end: float, count: int, trained: list[float] 
         betas_T = torch.linspace(start, end, count, dtype=torch.float32)
     elif kind == "scaled_linear":
         betas_T = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
-    elif kind == "squaredcos_cap_v2":
+    else:
         time = torch.arange(count + 1, dtype=torch.float64) / count
         remaining = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
         betas_T = (1 - remaining[1:] / remaining[:-1]).clamp(max=0.999).float()
-    else:
-        raise GazeError(f"unknown beta_schedule {kind!r}", nearest(kind, BETA_SCHEDULES))
     if len(betas_T) < 2 or not bool(((betas_T > 0) & (betas_T < 1)).all()):
         raise GazeError("a noise schedule needs at least two betas, all between 0 and 1",
                         "check beta_start, beta_end, trained_betas and num_train_timesteps")  # fmt: skip
@@ -243,56 +180,3 @@ def zero_terminal_snr(betas_T: Tensor) -> Tensor:
     first, last = root_T[0].clone(), root_T[-1].clone()
     cumulative_T = ((root_T - last) * (first / (first - last))) ** 2
     return 1 - torch.cat([cumulative_T[:1], cumulative_T[1:] / cumulative_T[:-1]])
-
-
-def spaced_timesteps(spacing: str, total: int, count: int, offset: int = 0) -> Tensor:
-    """`count` timesteps [N] out of `total`, float64, descending (Lin et al. 2024, table 2).
-
-    "leading": multiples of total // count, plus offset; "linspace": both ends included, fractional; "trailing":
-    counted down from the last. Always exactly `count`. One point of linspace is the last timestep, where all noise is
-    (numpy's linspace, and so diffusers, gives timestep 0 there).
-    """
-    down_N = torch.arange(count - 1, -1, -1, dtype=torch.float64)
-    if spacing == "leading":
-        return down_N * (total // count) + offset
-    if spacing == "trailing":
-        return ((down_N + 1) * (total / count)).round() - 1
-    if spacing == "linspace":
-        # Clamped, because rounding can pass the last timestep by its last digit.
-        return (down_N * ((total - 1) / (count - 1))).clamp(max=total - 1) if count > 1 else down_N + total - 1
-    raise GazeError(f"unknown timestep_spacing {spacing!r}", nearest(spacing, SPACINGS))
-
-
-def spaced_sigmas(spacing: str, sigma_max: float, sigma_min: float, count: int) -> Tensor:
-    """`count` levels [N], float64, from sigma_max down to sigma_min; one alone is sigma_max.
-
-    "karras": even in sigma^(1/7) (Karras et al. 2022, eq. 5); "exponential": even in log sigma; "beta": sigma at the
-    quantiles of the beta distribution with both shapes 0.6, close together at both ends (Lee et al. 2024).
-    """
-    ramp_N = torch.linspace(0, 1, count, dtype=torch.float64)
-    if spacing == "karras":
-        return (sigma_max ** (1 / 7) + ramp_N * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
-    if spacing == "exponential":
-        return (math.log(sigma_max) + ramp_N * math.log(sigma_min / sigma_max)).exp()
-    if spacing == "beta":
-        return sigma_max + beta_quantile(ramp_N) * (sigma_min - sigma_max)
-    raise GazeError(f"unknown spacing {spacing!r}", nearest(spacing, (*LEVEL_SPACINGS, *SPACINGS)))
-
-
-def beta_quantile(share_N: Tensor, shape: float = 0.6) -> Tensor:
-    """The quantiles, float64 [N], of shares in [0, 1] of the symmetric beta distribution with both shapes `shape`.
-
-    Its distribution function is a power series that converges fast up to 1/2 (Abramowitz & Stegun 26.5.4), and
-    symmetric around that; it is inverted by bisection.
-    """
-    order_K = torch.arange(60, dtype=torch.float64)
-    factors_K = ((order_K[1:] - shape) / order_K[1:]).cumprod(0)
-    terms_K = torch.cat([torch.ones(1, dtype=torch.float64), factors_K]) / (shape + order_K)
-    norm = math.gamma(2 * shape) / math.gamma(shape) ** 2
-    lower_N = torch.minimum(share_N, 1 - share_N)
-    low_N, high_N = torch.zeros_like(lower_N), torch.full_like(lower_N, 0.5)
-    for _ in range(60):
-        middle_N = (low_N + high_N) / 2
-        below = norm * middle_N**shape * (middle_N[:, None] ** order_K @ terms_K) < lower_N
-        low_N, high_N = torch.where(below, middle_N, low_N), torch.where(below, high_N, middle_N)
-    return torch.where(share_N < 0.5, high_N, 1 - high_N).where((share_N > 0) & (share_N < 1), share_N)

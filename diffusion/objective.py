@@ -54,7 +54,7 @@ def uniform_timesteps(schedule: NoiseSchedule) -> Density:
 
     def quantile(u: Tensor) -> Tensor:
         timesteps = len(schedule.sigmas_T)
-        return schedule.sigma((u.double() * timesteps).floor().clamp(max=timesteps - 1))
+        return schedule.sigmas_T.to(u.device)[(u.double() * timesteps).long().clamp(max=timesteps - 1)]
 
     return quantile
 

@@ -1,8 +1,4 @@
-"""Samplers: from noise to a picture along falling noise levels, as generators that yield every step.
-
-All work in the variance exploding frame x = clean + sigma * noise, where DDIM without added noise is Euler's method,
-and ask a denoiser (x, sigma) -> clean only. A method's memory is its local variables, so any number of pictures may be
-under way at once. Steps are means of clean and x: these lose no digits from a high sigma to a low one, slopes do.
+"""Samplers: a method, the levels that it visits and where it starts, by name, made ready for a model.
 
 Shape letters: B batch, C channels, H W latent size.
 """
@@ -11,17 +7,28 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import GazeError, nearest
-from .noise import LEVEL_SPACINGS, SPACINGS, NoiseSchedule, spaced_sigmas, spaced_timesteps
-
-Denoise = Callable[[Tensor, float], Tensor]
-Noise = Callable[[], Tensor]
+from .methods import (
+    Denoise,
+    Method,
+    Noise,
+    Step,
+    dpmpp_2m,
+    dpmpp_3m_sde,
+    euler,
+    euler_ancestral,
+    flow_heun,
+    heun,
+    lcm,
+    unipc,
+)
+from .noise import NoiseSchedule, flow_sigma, shift_of, shifted
+from .spacing import LEVEL_SPACINGS, SPACINGS, spaced_sigmas, spaced_timesteps
 
 
 @dataclass(frozen=True)
@@ -38,139 +45,6 @@ class PictureNoise:
 
     def __call__(self) -> Tensor:
         return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
-
-
-class Step(NamedTuple):
-    """x_BCHW after a step, the picture clean_BCHW that the denoiser last saw in it, and the noise level sigma of x."""
-
-    x_BCHW: Tensor
-    clean_BCHW: Tensor
-    sigma: float
-
-
-def euler(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
-    """First order: Karras et al. 2022, algorithm 1 without its correction; DDIM of eta 0 (Song et al. 2021, eq. 13)."""
-    for sigma, lower in pairwise(sigmas):
-        clean = denoise(x, sigma)
-        x = torch.lerp(clean, x, lower / sigma)
-        yield Step(x, clean, lower)
-
-
-def euler_ancestral(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0
-) -> Iterator[Step]:
-    """Euler to below the next level, then fresh noise up to it. eta 1 is DDPM's variance (Ho et al. 2020, eq. 7;
-    k-diffusion's sample_euler_ancestral), 0 is Euler; in between it is DDIM's (Song et al. 2021, eq. 16). `noise` is
-    called at every step but one that ends at level 0, and never for eta 0."""
-    for sigma, lower in pairwise(sigmas):
-        clean = denoise(x, sigma)
-        up = lower * min(1.0, eta * (1 - (lower / sigma) ** 2) ** 0.5)
-        x = torch.lerp(clean, x, (lower**2 - up**2) ** 0.5 / sigma)
-        if up > 0:
-            x = x + up * noise()
-        yield Step(x, clean, lower)
-
-
-def heun(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
-    """Second order with two calls a step, one where the step ends at level 0 (Karras et al. 2022, algorithm 1)."""
-    for sigma, lower in pairwise(sigmas):
-        clean = denoise(x, sigma)
-        x = torch.lerp(clean, x, lower / sigma)
-        if lower > 0:
-            # Algorithm 1's mean of two slopes, written as a correction of Euler's step.
-            again = denoise(x, lower)
-            x = x + (sigma / lower - 1) / 2 * (again - clean)
-            clean = again
-        yield Step(x, clean, lower)
-
-
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 0.0) -> Iterator[Step]:
-    """DPM-Solver++(2M), second order with one call a step (Lu et al. 2022b, algorithm 2, midpoint form). The first step
-    is Euler's; so is the last where it ends at level 0, or where there are fewer than 15 steps, as in diffusers.
-
-    eta 1 solves the stochastic equation instead (SDE-DPM-Solver++(2M), appendix B); in between, k-diffusion's form."""
-    steps = len(sigmas) - 1
-    earlier, before = None, 0.0
-    for i, (sigma, lower) in enumerate(pairwise(sigmas)):
-        clean = ahead = denoise(x, sigma)
-        if earlier is not None and lower > 0 and not (i == steps - 1 and steps < 15):
-            ratio = math.log(sigma / lower) / math.log(before / sigma)
-            ahead = clean + ratio / 2 * (clean - earlier)
-        x = torch.lerp(ahead, x, (lower / sigma) ** (1 + eta))
-        if lower > 0 and eta > 0:
-            x = x + lower * (1 - (lower / sigma) ** (2 * eta)) ** 0.5 * noise()
-        yield Step(x, clean, lower)
-        earlier, before = clean, sigma
-
-
-def dpmpp_3m_sde(
-    denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0
-) -> Iterator[Step]:
-    """DPM-Solver++(3M) for the stochastic equation, from three guesses with one call a step (k-diffusion's
-    sample_dpmpp_3m_sde; for eta 0 the authors' multistep code, and diffusers'). It begins with one and two guesses, and
-    with fewer than 15 steps ends so, as in diffusers; a step that ends at level 0 is Euler's.
-
-    Of second order, as everywhere: its second difference stands for the second derivative, but is half of it."""
-    steps = len(sigmas) - 1
-    past: list[tuple[Tensor, float]] = []  # what the denoiser saw, latest first, and the length of the step after it
-    for i, (sigma, lower) in enumerate(pairwise(sigmas)):
-        clean = denoise(x, sigma)
-        order = min(3, i + 1, steps - i if steps < 15 else 3)
-        x = torch.lerp(clean, x, (lower / sigma) ** (1 + eta))
-        if lower > 0:
-            length = math.log(sigma / lower)
-            span = (1 + eta) * length
-            phi_2 = math.expm1(-span) / span + 1
-            if order > 1:
-                slope = (clean - past[0][0]) * (length / past[0][1])
-                if order == 3:
-                    bend = slope - (past[0][0] - past[1][0]) * (length / past[1][1])
-                    both = past[0][1] + past[1][1]
-                    slope = slope + bend * (past[0][1] / both)
-                    x = x - (phi_2 / span - 0.5) * (length / both) * bend
-                x = x + phi_2 * slope
-            if eta > 0:
-                x = x + lower * (1 - (lower / sigma) ** (2 * eta)) ** 0.5 * noise()
-            past = [(clean, length), *past[:1]]
-        yield Step(x, clean, lower)
-
-
-def unipc(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
-    """UniPC of order 2 in its B2 form (Zhao et al. 2023, algorithms 5 to 8): DPM-Solver++(2M) predicts, and the
-    denoiser's next answer, needed anyway, corrects that step. The first and the last prediction are Euler's."""
-    steps = len(sigmas) - 1
-    start, order = x, 1
-    past: list[tuple[Tensor, float]] = []  # what the denoiser saw and its level, latest first
-    for i, (sigma, lower) in enumerate(pairwise(sigmas)):
-        clean = denoise(x, sigma)
-        if past:
-            before, level = past[0]
-            ahead = (before + clean) / 2
-            if order == 2:
-                # Eq. 5 for two points, solved by hand: their places are ratio and 1, in units of this step's length.
-                length, decay = math.log(level / sigma), sigma / level - 1
-                ratio = math.log(level / past[1][1]) / length
-                first = -1 / length - 1 / decay
-                second = -2 * first / length - 1 / decay
-                weight = (second - first) / (ratio - 1)
-                ahead = before + weight / ratio * (past[1][0] - before) + (first - weight) * (clean - before)
-            x = torch.lerp(ahead, start, sigma / level)
-        start, order, ahead = x, min(2, i + 1, steps - i), clean
-        if order == 2:
-            ahead = clean + math.log(sigma / lower) / math.log(past[0][1] / sigma) / 2 * (clean - past[0][0])
-        x = torch.lerp(ahead, x, lower / sigma)
-        yield Step(x, clean, lower)
-        past = [(clean, sigma), *past[:1]]
-
-
-def lcm(denoise: Denoise, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
-    """Sampling of latent consistency models: fresh noise on the clean picture at every level (Luo et al. 2023,
-    algorithm 3). For networks distilled for it; from others it is blurred."""
-    for sigma, lower in pairwise(sigmas):
-        x = clean = denoise(x, sigma)
-        if lower > 0:
-            x = clean + lower * noise()
-        yield Step(x, clean, lower)
 
 
 @dataclass(frozen=True)
@@ -208,19 +82,19 @@ class Trajectory:
 class Sampler:
     """A method, and the conventions of the diffusers class that matches it: which levels it visits, where it starts.
 
-    integrate: the method, one of the generators above.
+    integrate: the method, one of the generators of methods.py.
     options: the options of scheduler_config.json that the class reads, with its defaults where a file is silent.
     whole: it visits whole timesteps only.
     spare: for leading and linspace it asks for one timestep more and leaves out the lowest.
     full_range: Karras levels span the schedule, not the spaced timesteps.
     unit_start: it starts as if the network's input x / sqrt(1 + sigma^2) were noise of unit variance.
     order: how fast the error falls with the step's length, of a stochastic method without its noise.
-    stochastic: it calls `noise`.
+    stochastic: it calls `noise`, if no option says otherwise.
     calls_per_step: network calls in each step but the last, which has one.
     """
 
     name: str
-    integrate: Callable[[Denoise, Tensor, Sequence[float], Noise], Iterator[Step]]
+    integrate: Method
     options: Mapping[str, Any]
     whole: bool = False
     spare: bool = False
@@ -296,6 +170,62 @@ class Sampler:
         return self.calls_per_step * (steps - 1) + 1
 
 
+def flow_ramp(total: int, steps: int, shift: float) -> Tensor:
+    """Times [steps] of diffusers' flow-matching classes: from 1 to the lowest trained on, evenly, before their shift.
+    That lowest one is shifted already; the classes then shift it again."""
+    return torch.linspace(1, shifted(torch.tensor(1 / total, dtype=torch.float64), shift), steps, dtype=torch.float64)
+
+
+def solver_ramp(total: int, steps: int, shift: float) -> Tensor:
+    """The same of its DPM-Solvers, for which pure noise is infinitely far away: from 1 - 1 / total towards 0."""
+    return torch.linspace(1 - 1 / total, 0, steps + 1, dtype=torch.float64)[:-1]
+
+
+def unipc_ramp(total: int, steps: int, shift: float) -> Tensor:
+    """The same of its UniPC: from 1, held below it by 1e-6, towards 1 / total."""
+    return torch.linspace(1, 1 / total, steps + 1, dtype=torch.float64)[:-1]
+
+
+@dataclass(frozen=True)
+class FlowSampler(Sampler):
+    """A method for flow-matching models, with the levels of the diffusers class that matches it.
+
+    ramp: (training timesteps, steps, shift) -> times in (0, 1] before the shift. latest: they are held at.
+    """
+
+    ramp: Callable[[int, int, float], Tensor] = flow_ramp
+    latest: float = 1.0
+
+    def sigmas(self, schedule: NoiseSchedule, steps: int, spacing: str | None = None) -> Tensor:
+        """The levels of a run of `steps` steps, float64 [steps + 1], descending to 0.
+
+        spacing: one of LEVEL_SPACINGS, which then choose the times between the first and the last, instead of what the
+        model's config says, or "linspace" for none of them. Raises GazeError for another, and as `Sampler.sigmas`.
+        """
+        options, total, shift = self._options(schedule), len(schedule.sigmas_T), shift_of(schedule.config)
+        _, of_levels = self._spacings(options, spacing)
+        if spacing not in (None, "linspace", *LEVEL_SPACINGS):
+            raise GazeError(f"flow-matching models have no {spacing} spacing",
+                            f"one of {', '.join([*LEVEL_SPACINGS, 'linear'])}")  # fmt: skip
+        if not 1 <= steps <= total:
+            raise GazeError(f"{steps} sampling steps: this model has 1 to {total}", "20 to 50 steps")
+        times = shifted(self.ramp(total, steps, shift), shift)
+        terminal = options["shift_terminal"]
+        if terminal is not None:
+            times = 1 - (1 - times) * ((1 - terminal) / (1 - times[-1]))
+        if of_levels is not None:
+            times = spaced_sigmas(of_levels, times[0].item(), times[-1].item(), steps)
+        sigmas = torch.cat([flow_sigma(times.clamp(max=self.latest)), torch.zeros(1, dtype=torch.float64)])
+        if not bool((sigmas.diff() < 0).all()):
+            raise GazeError(f"{self.name} has no {steps} levels with these options", "other steps, shift or spacing")
+        return sigmas
+
+    def start(self, schedule: NoiseSchedule, sigmas: Tensor, spacing: str | None = None) -> float:
+        """The factor on noise of unit variance that gives x at level sigmas[0]: the network's input is then that noise,
+        as in diffusers, also where the first time is below 1."""
+        return 1 + float(sigmas[0])
+
+
 LEVELS = {"timestep_spacing": "linspace", "steps_offset": 0}
 LEVELS_DDIM = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
 LEVELS_HEUN = {**LEVELS, **{f"use_{spacing}_sigmas": False for spacing in LEVEL_SPACINGS}}
@@ -316,6 +246,28 @@ SAMPLERS = {
         multistep("unipc", unipc, order=2),
         # Trailing whatever the model's config says: consistency models are trained on those timesteps.
         Sampler("lcm", lcm, {}, whole=True, unit_start=True, stochastic=True),
+    )
+}
+
+
+LEVELS_FLOW = {"shift": 1.0, "shift_terminal": None, **{f"use_{spacing}_sigmas": False for spacing in LEVEL_SPACINGS}}
+flow = partial(FlowSampler, options=LEVELS_FLOW)
+solver = partial(flow, order=2, ramp=solver_ramp)
+
+# What the matching classes of diffusers do with flow-matching models. In the variance exploding frame only Heun's
+# method is another one: Euler's is the same in every frame, and the solvers know no other than the logarithm of sigma.
+FLOW_SAMPLERS = {
+    sampler.name: sampler
+    for sampler in (
+        flow("ddim", partial(euler_ancestral, eta=0.0)),
+        flow("euler", euler),
+        flow("euler_ancestral", euler_ancestral, stochastic=True),
+        flow("heun", flow_heun, order=2, calls_per_step=2),
+        solver("dpmpp_2m", dpmpp_2m),
+        solver("dpmpp_2m_sde", partial(dpmpp_2m, eta=1.0), stochastic=True),
+        solver("dpmpp_3m_sde", dpmpp_3m_sde, stochastic=True),
+        solver("unipc", unipc, ramp=unipc_ramp, latest=1 - 1e-6),
+        flow("lcm", lcm, stochastic=True),
     )
 }
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from benchmarks.convergence import METHODS, PARTS, STARTS_B, STEPS, denoise, errors, plot, table
-from diffusion.samplers import SAMPLERS
 
 
 @pytest.mark.parametrize("sigma", [0.05, 1.0, 10.0])
@@ -23,7 +22,7 @@ def test_the_denoiser_is_x_plus_variance_times_score(sigma):
 @pytest.mark.parametrize("name", METHODS)
 def test_order_of_convergence(name):
     coarse, middle, fine = errors(METHODS[name], (20, 80, 320))
-    order = SAMPLERS[name.partition(":")[0]].order
+    order = METHODS[name].sampler.order
     assert coarse > middle > fine
     # UniPC corrects with one more point than it predicts with: it is better than its order until the steps are tiny.
     assert order - 0.1 < math.log2(middle / fine) / 2 < order + (0.6 if name == "unipc" else 0.1)

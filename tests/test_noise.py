@@ -1,7 +1,11 @@
 """Noise schedules against closed forms, their inverse, spacings, scalings and strict configs."""
 
+import itertools
+import json
 import math
+import time
 
+import diffusers
 import pytest
 import scipy.stats
 import torch
@@ -9,16 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion.errors import GazeError
-from diffusion.noise import (
-    LEVEL_SPACINGS,
-    PREDICTION_TYPES,
-    SPACINGS,
-    NoiseSchedule,
-    beta_quantile,
-    scaling,
-    spaced_sigmas,
-    spaced_timesteps,
-)
+from diffusion.noise import PREDICTION_TYPES, NoiseSchedule, scaling
+from diffusion.schedulers import prepare
+from diffusion.spacing import LEVEL_SPACINGS, SPACINGS, beta_quantile, spaced_sigmas, spaced_timesteps
+from tests.test_hostile_configs import VALUES
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = {**LATENT, "rescale_betas_zero_snr": True}
@@ -145,7 +143,7 @@ def test_exponential_and_beta_levels():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, ["FlowMatchEulerDiscreteScheduler", "EulerDiscrete"]),
+        ({"_class_name": "EDMEulerScheduler"}, ["EDMEulerScheduler", "EulerDiscrete"]),
         ({"beta_strat": 0.1}, ["beta_strat", "0.1", "beta_start"]),
         ({"use_flow_sigmas": True}, ["use_flow_sigmas", "True"]),
         ({"timestep_type": "continuous"}, ["timestep_type", "continuous", "discrete"]),
@@ -185,3 +183,27 @@ def test_config_as_stable_diffusion_ships_it():
     assert NoiseSchedule.from_config({"_class_name": "HeunDiscreteScheduler"}).sigmas_T[0].item() == pytest.approx(
         0.0292, abs=1e-4
     )
+
+
+CONFIGS = [
+    (diffusers.EulerDiscreteScheduler, {}, ["euler"]),
+    (diffusers.DDIMScheduler, {}, ["ddim", "DDIMScheduler"]),
+    (diffusers.DPMSolverMultistepScheduler, {}, ["dpmpp_2m"]),
+    (diffusers.FlowMatchEulerDiscreteScheduler, {}, ["euler", "FlowMatchEulerDiscreteScheduler"]),
+    (diffusers.UniPCMultistepScheduler, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, ["unipc"]),
+]
+
+
+@pytest.mark.parametrize(("scheduler", "options", "names"), CONFIGS)
+def test_every_option_may_be_hostile(scheduler, options, names):
+    config = {"_class_name": scheduler.__name__, **json.loads(scheduler(**options).to_json_string())}
+    for option, value in itertools.product(config, [*VALUES, [10**400], [math.nan], "x" * 10**6]):
+        begin, said = time.process_time(), ""
+        try:
+            schedule = NoiseSchedule.from_config(config | {option: value})
+            for name in names:
+                prepare(name, schedule, 3)
+        except GazeError as error:
+            said = str(error)
+        assert time.process_time() - begin < 1, (option, value)
+        assert len(said.splitlines()) <= 3, (option, value)

@@ -110,11 +110,11 @@ def test_the_folders_own_scheduler_is_the_default(tmp_path, folder, theirs, clas
 
 def test_a_folder_of_another_kind_of_model_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "model")
-    diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "model" / "scheduler")
+    diffusers.EDMEulerScheduler().save_pretrained(tmp_path / "model" / "scheduler")
     index = tmp_path / "model" / "model_index.json"
-    flow = {"scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
-    index.write_text(json.dumps(json.loads(index.read_text()) | flow))
-    with pytest.raises(GazeError, match="FlowMatchEulerDiscreteScheduler"):
+    other = {"scheduler": ["diffusers", "EDMEulerScheduler"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | other))
+    with pytest.raises(GazeError, match="EDMEulerScheduler"):
         TextToImage.from_pretrained(tmp_path / "model")
 
 

@@ -1,6 +1,5 @@
 """Noisy inputs, targets and min-SNR weights against diffusers' formulas, and the options against its signatures."""
 
-import importlib.util
 import inspect
 from itertools import combinations
 
@@ -9,12 +8,12 @@ import pytest
 import torch
 from diffusers.training_utils import compute_snr
 
-from diffusion.noise import FIXED, IGNORED, METHOD, READ, SCHEDULERS, NoiseSchedule, check_options
+from diffusion.noise import NoiseSchedule
 from diffusion.objective import denoising_loss, min_snr_weight
+from diffusion.scheduler_config import FIXED, FLOW_SCHEDULERS, IGNORED, METHOD, READ, SCHEDULERS, check_options
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-# diffusers has this class only beside torchsde.
-CLASSES = [name for name in SCHEDULERS if name != "DPMSolverSDEScheduler" or importlib.util.find_spec("torchsde")]
+CLASSES = [*SCHEDULERS, *FLOW_SCHEDULERS]
 TIMESTEPS = torch.arange(1000)
 
 
@@ -67,7 +66,7 @@ def test_the_four_sets_are_apart_and_have_nothing_unknown_to_diffusers():
     assert known | {"noise_sampler_seed"} >= READ.union(*sets)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_saved_configs_open(name, tmp_path):
     scheduler = getattr(diffusers, name)()
     scheduler.save_pretrained(tmp_path)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from diffusion.errors import GazeError
-from diffusion.noise import READ, NoiseSchedule, scaling
+from diffusion.noise import NoiseSchedule, scaling
 from diffusion.samplers import SAMPLERS, sampler
+from diffusion.scheduler_config import READ
 from diffusion.schedulers import prepare
 from tests.parity.network import LATENT, Network
 
@@ -267,6 +268,7 @@ def test_lcm(steps, prediction_type):
 @pytest.mark.parametrize("name", CLASSES)
 def test_options_and_defaults_are_those_of_the_class(name):
     model = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "prediction_type"}
+    model |= {"flow_shift", "shift", "shift_terminal", "use_flow_sigmas"}
     about_levels = READ - model - {"rescale_betas_zero_snr"}
     parameters = inspect.signature(CLASSES[name]).parameters
     assert sampler(name).options == {key: parameters[key].default for key in about_levels if key in parameters}

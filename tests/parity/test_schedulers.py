@@ -1,6 +1,5 @@
 """diffusers' schedulers, driven by us, against a plain loop over the same class; the names; what is refused."""
 
-import importlib.util
 import inspect
 import re
 
@@ -11,15 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion.errors import GazeError
-from diffusion.foreign import FOREIGN, MISFITS, OF_CLASS
-from diffusion.noise import LEVEL_SPACINGS, PREDICTION_TYPES, SCHEDULERS, SPACINGS, NoiseSchedule, scaling
-from diffusion.samplers import SAMPLERS, PictureNoise
-from diffusion.schedulers import default_name, prepare, table
+from diffusion.foreign import FLOW_FOREIGN, FOREIGN, MISFITS
+from diffusion.noise import NoiseSchedule, scaling
+from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PictureNoise
+from diffusion.scheduler_config import FLOW_SCHEDULERS, FLOW_SOLVERS, PREDICTION_TYPES, SCHEDULERS
+from diffusion.schedulers import FLOWS, TABLE, default_name, prepare, table
+from diffusion.spacing import LEVEL_SPACINGS, SPACINGS
 from tests.parity.network import LATENT, Network
 
 SHAPE = (3, 5, 4)
-INSTALLED = importlib.util.find_spec("torchsde") is not None
-NAMES = [name for name, row in FOREIGN.items() if INSTALLED or "torchsde" not in row.needs]
+NAMES = list(FOREIGN)
+FLOW_CONFIG = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
 
 
 def schedule(**options):
@@ -125,7 +126,7 @@ def test_equals_a_plain_loop_with_every_spacing(name, spacing):
 )
 def test_options_by_name(written, options, of_step):
     name = written.partition(":")[0]
-    scheduler = getattr(diffusers, OF_CLASS.get(name, FOREIGN.get(name)).class_name)
+    scheduler = getattr(diffusers, TABLE.classes.get(name, FOREIGN.get(name)).class_name)
     theirs = plain_loop(scheduler.from_config({**LATENT, **options}), 8, "epsilon", **of_step)
     assert_same(run(written, schedule(), 8), theirs)
 
@@ -207,13 +208,16 @@ def test_zero_terminal_snr():
 
 def test_every_class_of_diffusers_fits_or_is_refused_with_a_reason():
     classes = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")}
-    assert OF_CLASS.keys() == SCHEDULERS.keys()
-    assert not OF_CLASS.keys() & MISFITS.keys()
-    assert classes - OF_CLASS.keys() - MISFITS.keys() == set()
-    for name in MISFITS:
-        with pytest.raises(GazeError, match=f"{name} does not fit") as error:
-            prepare(name, schedule(), 4)
-        assert "dpmpp_2m" in str(error.value)
+    assert TABLE.classes.keys() == SCHEDULERS.keys()
+    assert FLOWS.classes.keys() == {*FLOW_SCHEDULERS, *FLOW_SOLVERS}
+    fitting = TABLE.classes.keys() | FLOWS.classes.keys()
+    assert not fitting & MISFITS.keys()
+    assert classes - fitting - MISFITS.keys() == set()
+    for kind, levels in ((TABLE, schedule()), (FLOWS, NoiseSchedule.from_config(FLOW_CONFIG))):
+        for name in {*MISFITS, *fitting} - kind.classes.keys():
+            with pytest.raises(GazeError, match=f"{name} does not fit {kind.words}") as error:
+                prepare(name, levels, 4)
+            assert f"one of {', '.join([*kind.samplers, *kind.foreign])}" in str(error.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -235,6 +239,7 @@ def test_outputs_are_what_the_class_reads(name):
         (diffusers.EulerDiscreteScheduler(num_train_timesteps=500), "made for other noise levels"),
         (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "use_flow_sigmas True"),
         (diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction"), "prediction_type 'flow_prediction'"),
+        ("euler_ancestral_rf", "does not fit a model with a table of noise levels"),
         (diffusers.EulerDiscreteScheduler(timestep_type="continuous"), "timestep_type 'continuous'"),
         (diffusers.EDMEulerScheduler(), "EDMEulerScheduler does not fit"),
         (3, "'int'"),
@@ -280,13 +285,17 @@ def test_steps_and_spacings_that_cannot_be_are_refused():
 
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(
-    name=st.sampled_from(["ddim", "deis", "DDIMScheduler", "tcd", "", "x"]), text=st.text(max_size=60), data=st.data()
+    name=st.sampled_from(["ddim", "euler", "deis", "DDIMScheduler", "FlowMatchLCMScheduler", "tcd", "", "x"]),
+    text=st.text(max_size=60),
+    data=st.data(),
 )
 def test_any_text_is_a_scheduler_or_refused(name, text, data):
-    key = data.draw(st.sampled_from(["eta", "solver_order", "steps_offset", "timestep_spacing", "trained_betas"]))
+    levels = data.draw(st.sampled_from([schedule(), NoiseSchedule.from_config(FLOW_CONFIG)]))
+    options = ["eta", "s_tmax", "shift", "shift_terminal", "solver_order", "steps_offset", "timestep_spacing"]
+    key = data.draw(st.sampled_from([*options, "trained_betas"]))
     for written in (text, f"{name}:{text}", f"{name}:{key}={text}"):
         try:
-            trajectory = prepare(written, schedule(), 2)
+            trajectory = prepare(written, levels, 2)
         except GazeError:
             continue
         assert len(trajectory.sigmas) == 3
@@ -294,7 +303,16 @@ def test_any_text_is_a_scheduler_or_refused(name, text, data):
 
 def test_the_table_has_every_name_once():
     rows = {row["name"]: row for row in table()}
-    assert list(rows) == [*SAMPLERS, *FOREIGN]
+    assert list(rows) == [*SAMPLERS, *sorted({*FOREIGN, *FLOW_FOREIGN})]
+    assert SAMPLERS.keys() == FLOW_SAMPLERS.keys()
+    assert len(rows) == len(table())
+    assert rows["heun"]["prediction_types"] == [*PREDICTION_TYPES, "flow_prediction"]
+    assert rows["deis"]["prediction_types"] == [*PREDICTION_TYPES, "flow_prediction"]
+    assert rows["lms"]["prediction_types"] == list(PREDICTION_TYPES)
+    assert rows["euler_ancestral_rf"]["prediction_types"] == ["flow_prediction"]
+    for kind in (TABLE, FLOWS):
+        for name, method in {**kind.samplers, **kind.foreign}.items():
+            assert (rows[name]["order"], rows[name]["stochastic"]) == (method.order, method.stochastic)
     assert rows["heun"]["calls"] == "2n - 1"
     assert rows["pndm"]["calls"] == "n + 1"
     assert rows["dpmpp_2m"]["order"] == 2
