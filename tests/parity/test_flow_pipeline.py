@@ -7,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 from diffusion.convert import convert
 from diffusion.errors import GazeError
 from diffusion.pretrained import load_model, save_model
 from pipelines import TextToImage
+from pipelines.images import to_tensor
 from pipelines.inspection import inspect as inspect_model
 from tests.small_pipeline import LATENTS, small_pipeline
 
@@ -42,14 +44,20 @@ def pipe(folder):
 
 
 @torch.no_grad()
-def plain_loop(parts, scheduler):
-    """Pixels in about [-1, 1]."""
+def plain_loop(parts, scheduler, pixels=None, first=0):
+    """Pixels in about [-1, 1]. pixels: of a picture to start from, at the timestep of that number."""
     scheduler.set_timesteps(FEW["num_inference_steps"])
     generators = [torch.Generator().manual_seed(FEW["seed"] + i) for i in range(len(PROMPTS))]
     arguments = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     cond, uncond = parts.encode_prompt(PROMPTS, "cpu", 1, True)
+    if pixels is not None:
+        latents = parts.vae.encode(pixels.repeat(2, 1, 1, 1)).latent_dist.sample(generators)
+        latents = latents * parts.vae.config.scaling_factor
     x = torch.stack([torch.randn(LATENTS, generator=generator) for generator in generators])
-    for timestep in scheduler.timesteps:
+    if pixels is not None:
+        x = scheduler.scale_noise(latents, scheduler.timesteps[first : first + 1].repeat(2), x)
+        scheduler.set_begin_index(first)
+    for timestep in scheduler.timesteps[first:]:
         empty, full = parts.unet(torch.cat([x, x]), timestep, torch.cat([uncond, cond])).sample.chunk(2)
         output = empty + FEW["guidance_scale"] * (full - empty)
         x = scheduler.step(output, timestep, x, **arguments).prev_sample
@@ -77,6 +85,17 @@ def test_the_picture_of_a_plain_loop(pipe, theirs, name, scheduler):
         assert result.settings[0]["scheduler"] == "euler"
     else:
         assert (pipe(PROMPTS, scheduler=scheduler, **FEW).pixels_BCHW - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("strength, first", [(0.5, 3), (1.0, 0)])
+def test_image_to_image(pipe, theirs, strength, first):
+    levels = torch.randint(0, 256, (32, 32, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    picture = Image.fromarray(levels.numpy())
+    expected = plain_loop(theirs, diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), to_tensor(picture), first)
+    result = pipe(PROMPTS, image=picture, strength=strength, **FEW)
+    assert (result.pixels_BCHW - expected).abs().max() < 1e-4
+    foreign = pipe(PROMPTS, image=picture, strength=strength, scheduler="FlowMatchEulerDiscreteScheduler", **FEW)
+    assert (foreign.pixels_BCHW - expected).abs().max() < 1e-4
 
 
 def test_previews_and_batches(pipe):
