@@ -18,6 +18,7 @@ from .prompts import parse
 from .tokenizer import Tokenizer
 
 MOST_CHUNKS = 16
+LONGEST = 8  # characters of a token, on average: where a prompt has more than so many chunks hold, it is not looked at
 EMPTY: tuple[list[int], list[float]] = ([], [])  # a chunk without words
 
 
@@ -68,8 +69,10 @@ class TextEncoder:
         return self.tokenizer.tokens(prompts, self.window)
 
     def read(self, prompt: str) -> Reading:
-        """A prompt of any length in chunks of the window, its weights as in `prompts`."""
+        """A prompt of any length in chunks of the window, its weights as in `prompts`. Time is bounded."""
         inside = self.window - 2
+        furthest = LONGEST * MOST_CHUNKS * inside
+        prompt, beyond = prompt[:furthest], prompt[furthest:]
         rows: list[tuple[list[int], list[float]]] = []
         left: list[str] = []
         for part in parse(prompt):
@@ -81,7 +84,7 @@ class TextEncoder:
                 else:
                     left.append(part.text[begins[start] :].strip() if ids else "")
                     break
-        return Reading(tuple(rows), " ".join(filter(None, left)))
+        return Reading(tuple(rows), " ".join(filter(None, [*left, beyond.strip()])))
 
     def encode(self, prompts: Sequence[str | Reading], chunks: int = 1) -> Condition:
         """Prompts -> their condition, one row each, all as long as the longest and at least of so many chunks: empty

@@ -6,30 +6,24 @@ Each command imports what it needs when it runs: torch takes seconds to import, 
 import json
 import os
 import sys
-import time
 import warnings
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from diffusion.errors import GazeError
 from pipelines import __version__
 
+from .commands import generate, grid, info
 from .options import (
     Cfg,
     Debug,
     Json,
     ModelFolder,
-    ModelPath,
     PredictionType,
-    Scheduler,
     Size,
-    Spacing,
     Steps,
     TokenizerFolder,
-    interval_of,
-    lines_of,
-    no_collection,
     progress,
     size_of,
 )
@@ -63,117 +57,9 @@ def options(
     pass
 
 
-@app.command()
-def generate(
-    prompt: Annotated[
-        list[str] | None, typer.Argument(help='What to show; several give a picture each. "": anything.')
-    ] = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "-o",
-            "--output",
-            metavar="FILE",
-            help="PNG or folder; {i} is the picture's number. [default: from the prompt]",
-        ),
-    ] = None,
-    prompts: Annotated[str | None, typer.Option(metavar="FILE", help="More prompts, one a line.")] = None,
-    n: Annotated[int, typer.Option("-n", "--num-images", min=1, metavar="N", help="Pictures of each prompt.")] = 1,
-    seed: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Picture i has seed + i. [default: a random one]")
-    ] = None,
-    steps: Steps = None,
-    cfg: Cfg = None,
-    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to keep away from.")] = None,
-    guidance_rescale: Annotated[
-        float, typer.Option(min=0, max=1, metavar="X", help="Share brought back to natural contrast.")
-    ] = 0.0,
-    guidance_interval: Annotated[
-        str | None, typer.Option(metavar="LOW:HIGH", help="Noise levels with guidance, such as 0.2:5. [default: all]")
-    ] = None,
-    apg: Annotated[bool, typer.Option("--apg", help="Adaptive projected guidance: less saturated.")] = False,
-    scheduler: Scheduler = None,
-    spacing: Spacing = None,
-    model: ModelPath = None,
-    tokenizer: TokenizerFolder = None,
-    prediction_type: PredictionType = None,
-    size: Size = None,
-    sheet: Annotated[str | None, typer.Option(metavar="FILE", help="All pictures, labelled, in one PNG.")] = None,
-    columns: Annotated[int, typer.Option(min=1, metavar="N", help="Columns of the sheet.")] = 8,
-    batch_size: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pictures made at once; changes memory and speed only.")
-    ] = 8,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """Make pictures from prompts. Prints each file with its seed and seconds; the PNG holds prompt and settings."""
-    import random
-
-    from pipelines.files import check_writable, plan_paths, png_path
-
-    texts = [text for text in [*(prompt or []), *lines_of(prompts)] for _ in range(n)]
-    if not texts:
-        raise typer.BadParameter("no prompt was given", param_hint="'PROMPT'")
-    width, height = size_of(size)
-    interval = interval_of(guidance_interval)
-    first = random.SystemRandom().randrange(2**32) if seed is None else seed
-    seeds = [first + index for index in range(len(texts))]
-    sheet_path = None if sheet is None else png_path(sheet)
-    if sheet_path is not None:
-        check_writable(sheet_path.parent)
-    # A sheet alone is enough; single files are written beside it when -o says where.
-    paths = plan_paths(out, texts, seeds) if sheet_path is None or out is not None else None
-
-    with no_collection():
-        from pipelines import TextToImage
-        from pipelines.images import grid, save_png
-
-        pipe = TextToImage.from_pretrained(model, tokenizer, prediction_type)
-    pictures: list[dict[str, Any]] = []
-    images: list[Any] = []
-    with progress() as advance:
-        for start in range(0, len(texts), batch_size):
-            chunk = texts[start : start + batch_size]
-            begin = time.perf_counter()
-            for preview in pipe.steps(
-                chunk,
-                negative_prompt=negative_prompt,
-                num_inference_steps=steps,
-                guidance_scale=cfg,
-                guidance_rescale=guidance_rescale,
-                guidance_interval=interval,
-                projected_guidance=apg,
-                seed=first + start,
-                scheduler=scheduler,
-                spacing=spacing,
-                height=height,
-                width=width,
-            ):
-                advance((start * preview.total + len(chunk) * preview.index) / (len(texts) * preview.total))
-            result = preview.result()
-            seconds = (time.perf_counter() - begin) / len(chunk)
-            for index, (image, settings) in enumerate(zip(result.images, result.settings, strict=True), start):
-                images.append(image)
-                pictures.append({"path": None, "seconds": round(seconds, 3), **settings})
-                if paths is not None:
-                    save_png(image, paths[index], {**settings, "model": "default" if model is None else model})
-                    pictures[index]["path"] = str(paths[index])
-    if sheet_path is not None:
-        scale = max(1, 128 // images[0].width)
-        save_png(grid(images, columns, texts, scale), sheet_path, {"pictures": [_without_file(p) for p in pictures]})
-    if as_json:
-        print(json.dumps({"pictures": pictures, "sheet": None if sheet_path is None else str(sheet_path)}))
-        return
-    for picture in pictures:
-        if picture["path"] is not None:
-            print(f"{picture['path']}  seed {picture['seed']}  {picture['seconds']:.2f} s")
-    if sheet_path is not None:
-        seconds = sum(picture["seconds"] for picture in pictures)
-        print(f"{sheet_path}  seeds {seeds[0]} to {seeds[-1]}  {seconds:.2f} s")
-
-
-def _without_file(picture: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in picture.items() if key not in ("path", "seconds")}
+app.command()(generate)
+app.command(short_help="Vary settings along axes.")(grid)
+app.command(short_help="Print the settings inside a PNG.")(info)
 
 
 @app.command(short_help="List every scheduler.")
@@ -337,7 +223,8 @@ def main() -> None:
             raise
         known = isinstance(error, GazeError)
         hint = "" if known else "\n  try: the same with --debug, which shows where this happened"
-        print(f"error: {error if known else f'{type(error).__name__}: {error}'}{hint}", file=sys.stderr)
+        where = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""
+        print(f"error{where}: {error if known else f'{type(error).__name__}: {error}'}{hint}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -1,11 +1,14 @@
 """What the commands of `gaze` share: options, and what reads their values. Imports nothing heavy."""
 
+import functools
 import gc
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,6 +58,92 @@ Cfg = Annotated[
 ]
 Size = Annotated[str | None, typer.Option("--size", metavar="W[xH]", help="Pixels: 64, or 64x96 (width x height).")]
 
+BatchSize = Annotated[
+    int, typer.Option("--batch-size", min=1, metavar="N", help="Pictures made at once on a GPU; on a CPU it is one.")
+]
+PreviewFile = Annotated[
+    str | None, typer.Option("--preview", metavar="FILE", help="A PNG of what is being drawn, step after step.")
+]
+PreviewEvery = Annotated[
+    int, typer.Option("--preview-every", min=1, metavar="N", help="Steps from one preview to the next.")
+]
+
+
+@dataclass(frozen=True)
+class PictureOptions:
+    """What a picture is made with: the options that `generate` and `grid` share. A field is named as the setting inside
+    a PNG, and None where the option was not given."""
+
+    like: Annotated[
+        str | None,
+        typer.Option(metavar="PNG", help="Take the settings inside a picture; options given beside it replace them."),
+    ] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="N", help="Picture i has seed + i; all cells of a grid have it. [default: random]"),
+    ] = None
+    num_inference_steps: Steps = None
+    guidance_scale: Cfg = None
+    negative_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="What to keep away from.")] = None
+    guidance_rescale: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, metavar="X", help="Share brought back to natural contrast. [default: 0]"),
+    ] = None
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="LOW:HIGH", help="Noise levels with guidance, such as 0.2:5. [default: all]")
+    ] = None
+    projected_guidance: Annotated[
+        bool | None, typer.Option("--apg/--no-apg", help="Adaptive projected guidance: less saturated. [default: no]")
+    ] = None
+    scheduler: Scheduler = None
+    spacing: Spacing = None
+    size: Size = None
+    image: Annotated[str | None, typer.Option("--init", metavar="FILE", help="A picture to start from.")] = None
+    strength: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="How far to leave it: above 0, up to 1. [default: 0.8; with a mask 1]"),
+    ] = None
+    mask_image: Annotated[
+        str | None, typer.Option("--mask", metavar="FILE", help="Of its size: only what is white is painted anew.")
+    ] = None
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA; several add up. [default weight: 1]")
+    ] = None
+    model: ModelPath = None
+    tokenizer: TokenizerFolder = None
+    prediction_type: PredictionType = None
+
+    def settings(self) -> dict[str, Any]:
+        """The settings asked for, as a PNG has them: those of the picture to be like, and those given."""
+        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "like"}
+        settings["width"], settings["height"] = size_of(settings.pop("size"))
+        settings["guidance_interval"] = interval_of(self.guidance_interval)
+        settings["lora"] = [lora_of(text) for text in self.lora or []] or None
+        given = {name: value for name, value in settings.items() if value is not None}
+        if self.like is None:
+            return given
+        from .recall import recall
+
+        return recall(self.like, given)
+
+
+def with_picture_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as typer sees it: in place of its argument `options`, one option for each field of PictureOptions."""
+    shared = inspect.signature(PictureOptions).parameters
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        parameters += shared.values() if parameter.name == "options" else [parameter]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        options = PictureOptions(**{name: values.pop(name) for name in shared})
+        command(options=options, **values)
+
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]
+    run.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
 
 @contextmanager
 def no_collection() -> Iterator[None]:
@@ -91,28 +180,39 @@ def size_of(size: str | None) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def interval_of(levels: str | None) -> tuple[float, float] | None:
-    """The two noise levels of "0.2:5"; an end that is left out is the schedule's."""
+def interval_of(levels: str | None) -> list[float | None] | None:
+    """The two noise levels of "0.2:5"; an end that is left out is None, the schedule's."""
     if levels is None:
         return None
-    low, colon, high = levels.partition(":")
     try:
-        if colon:
-            return float(low or 0), float(high or "inf")
+        ends = [float(end) if end.strip() else None for end in levels.split(":")]
+        if len(ends) == 2:
+            return ends
     except ValueError:
         pass
     raise typer.BadParameter(f"{levels!r} is not two noise levels such as 0.2:5", param_hint="'--guidance-interval'")
 
 
+def lora_of(text: str) -> dict[str, Any]:
+    """File and weight of "FILE:0.8" or "FILE"; what follows a colon and is no number belongs to the name."""
+    path, _, weight = text.rpartition(":")
+    try:
+        return {"path": path or text, "weight": float(weight) if path else 1.0}
+    except ValueError:
+        return {"path": text, "weight": 1.0}
+
+
 @contextmanager
-def progress() -> Iterator[Any]:
-    """A function that moves a bar on stderr to a fraction of the whole; on anything but a terminal it does nothing."""
-    if not sys.stderr.isatty():
-        yield lambda fraction: None
+def progress(wanted: bool = True) -> Iterator[Callable[..., None]]:
+    """A function that moves a bar on stderr to a fraction of the whole and says beside it what is being done; on
+    anything but a terminal it does nothing."""
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda fraction, doing="": None
         return
     from rich.console import Console
-    from rich.progress import Progress
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("drawing", total=1.0)
-        yield lambda fraction: bar.update(task, completed=fraction)
+    columns = (BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        yield lambda fraction, doing="": bar.update(task, completed=fraction, description=doing)

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 from pipelines.files import plan_paths, slug
-from pipelines.images import read_settings
+from pipelines.png import read_settings
 from tests.small_pipeline import small_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffusion.errors import GazeError
-from pipelines.images import grid, read_settings, save_png, to_pil, to_rgb, to_tensor
+from pipelines.images import to_pil, to_rgb, to_tensor
+from pipelines.png import read_settings, save_png
+from pipelines.sheet import grid
 
 
 def is_not_a_pair(text: str) -> bool:

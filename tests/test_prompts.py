@@ -2,12 +2,15 @@
 
 import math
 import re
+import time
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from diffusion.prompts import DEEPEST, HIGHEST, LOWEST, Chunk, Span, escape, parse
+from diffusion.text import MOST_CHUNKS, TextEncoder
+from pipelines.text_to_image import DEFAULT_MODEL
 
 GRAMMAR = st.text(alphabet="()[]:\\ aB1.5-", max_size=40)
 PIECES = st.lists(
@@ -130,3 +133,14 @@ def test_any_text_is_a_prompt(prompt):
 @given(ANYTHING.filter(lambda text: "BREAK" not in text))
 def test_an_escaped_text_says_itself(text):
     assert parse(escape(text)) == [Chunk(text, (Span(0, len(text), 1.0),) if text else ())]
+
+
+def test_however_long_it_is_read_in_bounded_time_and_the_rest_is_named():
+    text = TextEncoder.from_pretrained(DEFAULT_MODEL / "text_encoder", DEFAULT_MODEL / "tokenizer")
+    reading = text.read("cat " * 25_000)
+    read = sum(len(ids) for ids, _ in reading.chunks)
+    assert (len(reading.chunks), read) == (MOST_CHUNKS, MOST_CHUNKS * (text.window - 2))
+    assert reading.dropped.split() == ["cat"] * (25_000 - read)
+    begin = time.process_time()
+    text.read("\U0001f469\u200d\U0001f680" * 33_000)
+    assert time.process_time() - begin < 0.05

@@ -9,8 +9,7 @@ import warnings
 from pathlib import Path
 
 from diffusion.errors import GazeError, nearest
-
-from .launch import start_the_others
+from pipelines.launch import start_the_others
 
 USAGE = """\
 python -m train CONFIG [key.path=value ...]          train on one process; resumes by itself
@@ -56,7 +55,7 @@ def run(words: list[str]) -> int:
     flags = {"--resume": "resume=auto", "--resume=auto": "resume=auto", "--resume=never": "resume=never"}
     config, *overrides = words
     recipe = load_recipe(config, [flags.get(word, word) for word in overrides])
-    start_the_others(words)
+    start_the_others("train", words)
     from .loop import Stopped, train
 
     try:

@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader
 
 from diffusion.errors import GazeError
 from pipelines.files import check_writable
-from pipelines.images import grid, to_pil
+from pipelines.images import to_pil
+from pipelines.sheet import grid
 
 from . import checkpoint
 from .config import Recipe

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from diffusion.errors import GazeError
+from pipelines.launch import start_the_others
 from tests.train.tiny import (
     difference,
     make_pictures,
@@ -23,7 +24,6 @@ from tests.train.tiny import (
     tiny_recipe,
     weights,
 )
-from train.launch import start_the_others
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -140,10 +140,10 @@ def test_a_launcher_that_cannot_say_how_many_is_answered(tmp_path, monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "29500")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(GazeError, match="only over MPI") as error:
-        start_the_others(["recipe.yaml", "seed=1"])
+        start_the_others("train", ["recipe.yaml", "seed=1"])
     assert "torchrun --nproc-per-node 2 -m train recipe.yaml seed=1" in error.value.hint
     monkeypatch.setenv("WORLD_SIZE", "2")
-    start_the_others(["recipe.yaml"])
+    start_the_others("train", ["recipe.yaml"])
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("MASTER_PORT")
-    start_the_others(["recipe.yaml"])
+    start_the_others("train", ["recipe.yaml"])

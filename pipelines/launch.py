@@ -13,10 +13,11 @@ from diffusion.errors import GazeError
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
-def start_the_others(words: list[str]) -> None:
+def start_the_others(module: str, words: list[str]) -> None:
     """Replaces this process by torchrun when Accelerate's launcher was asked for more than it started; else returns.
 
-    words: of our own command line. Raises GazeError when the number asked for cannot be found out.
+    module, words: of our own command line, `python -m module words`. Raises GazeError when the number asked for cannot
+    be found out.
     """
     several_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
     if not several_on_cpu or any(count in os.environ for count in COUNTS):
@@ -27,7 +28,7 @@ def start_the_others(words: list[str]) -> None:
     if "accelerate" not in launcher or not asked:
         raise GazeError(
             "accelerate starts several processes on the CPU only over MPI",
-            f"ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m train {' '.join(words)}",
+            f"ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m {module} {' '.join(words)}",
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", asked[1]]
-    os.execv(sys.executable, [*torchrun, "-m", "train", *words])
+    os.execv(sys.executable, [*torchrun, "-m", module, *words])
