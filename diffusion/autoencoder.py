@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .config import Config
+from .errors import GazeError
 from .files import load_strictly, read_json, read_weights, write_part
+from .tiling import in_tiles
 from .unet import Level, Resample, ResidualBlock
 
 EPS = 1e-6  # of every group norm; the U-Net's residual blocks have 1e-5
@@ -170,38 +172,61 @@ class Autoencoder(nn.Module):
         return cls(AutoencoderConfig.from_diffusers(config))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Autoencoder:
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> Autoencoder:
         """Open a `vae/` folder, for use. GazeError: missing or broken files, an unsupported config, other weights."""
         config = AutoencoderConfig.from_diffusers(read_json(Path(folder) / "config.json"))
-        state = {current_name(name): value for name, value in read_weights(folder).items()}
+        state = {current_name(name): value for name, value in read_weights(folder, dtype=dtype).items()}
         return load_strictly(partial(cls, config), state, folder).eval().requires_grad_(False)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a `vae/` folder; dtype None keeps that of the parameters."""
         write_part(folder, self.config.to_diffusers(), self.state_dict(), dtype)
 
-    def posterior(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in [-1, 1] -> mean and log-variance of the latents before scaling, each BCHW."""
-        mean_BCHW, log_variance_BCHW = self.quant_conv(self.encoder(pixels_BCHW)).chunk(2, dim=1)
+    def posterior(self, pixels_BCHW: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] -> mean and log-variance of the latents before scaling, each BCHW. tile: see `decode`."""
+
+        def moments(x_BCHW: Tensor) -> Tensor:
+            return self.quant_conv(self.encoder(x_BCHW))
+
+        if tile is None:
+            mean_BCHW, log_variance_BCHW = moments(pixels_BCHW).chunk(2, dim=1)
+        else:
+            overlap = self.latent_overlap(tile) * self.factor
+            mean_BCHW, log_variance_BCHW = in_tiles(moments, pixels_BCHW, tile, overlap).chunk(2, dim=1)
         return mean_BCHW, log_variance_BCHW.clamp(*LOG_VARIANCES)
 
     def reconstruct(self, latents_BCHW: Tensor) -> Tensor:
         """Latents before scaling -> pixels in about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(latents_BCHW))
 
+    def latent_overlap(self, tile: int) -> int:
+        """Rows of latents that tiles of so many pixels share: a quarter. GazeError: a tile that is too small for that,
+        or that the factor does not divide."""
+        if isinstance(tile, bool) or not isinstance(tile, int) or tile % self.factor or tile < 4 * self.factor:
+            raise GazeError(f"tile is {tile!r}", f"a multiple of {self.factor} pixels, at least {4 * self.factor}")
+        return tile // self.factor // 4
+
     def scale_to(self, latents_BCHW: Tensor) -> None:
         """Sets the scaling factor under which these latents, given before scaling, have unit variance."""
         self.config = dataclasses.replace(self.config, scaling_factor=float(1 / latents_BCHW.std()))
 
-    def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels in [-1, 1] -> mean and standard deviation of the scaled latents, each BCHW."""
-        mean_BCHW, log_variance_BCHW = self.posterior(pixels_BCHW)
+    def encode(self, pixels_BCHW: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """Pixels in [-1, 1] -> mean and standard deviation of the scaled latents, each BCHW. tile: see `decode`."""
+        mean_BCHW, log_variance_BCHW = self.posterior(pixels_BCHW, tile)
         scale = self.config.scaling_factor
         return mean_BCHW * scale, (0.5 * log_variance_BCHW).exp() * scale
 
-    def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """Scaled latents -> pixels in about [-1, 1], not clamped."""
-        return self.reconstruct(latents_BCHW / self.config.scaling_factor)
+    def decode(self, latents_BCHW: Tensor, tile: int | None = None) -> Tensor:
+        """Scaled latents -> pixels in about [-1, 1], not clamped.
+
+        tile: to bound memory, picture by picture and each in overlapping tiles of so many pixels (`in_tiles`). The
+        norms and the attention then see a tile, so a picture larger than that comes out a little different.
+        """
+        latents_BCHW = latents_BCHW / self.config.scaling_factor
+        if tile is None:
+            return self.reconstruct(latents_BCHW)
+        overlap = self.latent_overlap(tile)
+        return in_tiles(self.reconstruct, latents_BCHW, tile // self.factor, overlap)
 
 
 def current_name(name: str) -> str:

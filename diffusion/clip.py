@@ -184,7 +184,9 @@ class CLIPText(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, projected: bool = False) -> CLIPText:
+    def from_pretrained(
+        cls, folder: str | Path, dtype: torch.dtype = torch.float32, projected: bool = False
+    ) -> CLIPText:
         """Open a `text_encoder/` folder. projected: with its projection, as SDXL's second one.
 
         GazeError: missing or broken files, an unsupported config, other weights.
@@ -193,7 +195,7 @@ class CLIPText(nn.Module):
         config = CLIPTextConfig.from_diffusers(options)
         pooled = pooled_width(options, Path(folder)) if projected else None
         unused = UNUSED[:1] if projected else UNUSED
-        state = {name.removeprefix(PREFIX): value for name, value in read_weights(folder, "model").items()}
+        state = {name.removeprefix(PREFIX): value for name, value in read_weights(folder, "model", dtype).items()}
         used = {name: value for name, value in state.items() if name not in unused}
         return load_strictly(partial(cls, config, pooled), used, folder)
 

@@ -72,9 +72,11 @@ class Config:
 
 
 def _is_a(value: Any, hint: Any) -> bool:
-    """isinstance for the types that options have: numbers, texts, None, tuples of one type, unions of these."""
+    """isinstance for the types that options have: numbers, texts, None, tuples of one type, unions."""
     if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_is_a(item, get_args(hint)[0]) for item in value)
+        first, *others = get_args(hint)
+        sized = isinstance(value, tuple) and (others == [Ellipsis] or len(value) == 1 + len(others))
+        return sized and all(_is_a(item, first) for item in value)
     if get_args(hint):
         return any(_is_a(value, choice) for choice in get_args(hint))
     if hint in (int, float):

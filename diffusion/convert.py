@@ -27,6 +27,7 @@ from .files import (
     write_part,
 )
 from .header import Entry, Header
+from .hub import local_path
 from .noise import NoiseSchedule
 from .original_names import to_original
 from .pretrained import model_index
@@ -53,7 +54,7 @@ def convert(
     Returns what was converted. Raises GazeError for a source that is broken, or that the other side cannot say, and for
     a target that cannot be written; nothing is left half-written then.
     """
-    source, target = Path(source), Path(target)
+    source, target = local_path(source), Path(target)
     if not source.exists():
         raise GazeError(f"model {str(source)!r} does not exist", "check the path")
     read = [source.resolve()] + ([] if tokenizer is None else [Path(tokenizer).resolve()])
@@ -80,11 +81,11 @@ def _to_folder(
     with replacing(target) as aside:
         write_json(aside / "model_index.json", model_index(structure.family.pipeline, structure.family.scheduler))
         write_json(aside / "scheduler" / "scheduler_config.json", structure.schedule)
-        write_part(aside / "unet", structure.unet.to_diffusers(), file.read("unet", None), dtype)
-        write_part(aside / "vae", structure.vae.to_diffusers(), file.read("vae", None), dtype)
+        write_part(aside / "unet", structure.unet.to_diffusers(), file.read("unet", dtype))
+        write_part(aside / "vae", structure.vae.to_diffusers(), file.read("vae", dtype))
         for part, config in structure.texts.items():
             projection = {"text_encoder_2": {"projection_dim": structure.pooled}}.get(part, {})
-            write_text_encoder(aside / part, {**config.to_diffusers(), **projection}, file.read(part, None), dtype)
+            write_text_encoder(aside / part, {**config.to_diffusers(), **projection}, file.read(part, dtype))
             words[part].save_pretrained(aside / part.replace("text_encoder", "tokenizer"))
     return structure
 
@@ -95,12 +96,12 @@ def _to_file(source: Path, target: Path, prediction_type: str | None, dtype: tor
     metadata = {"format": "pt", "modelspec.title": target.stem, **_stated(structure)}
     entries = {name: Entry("F32", place.shape) for name, place in places.items()}
     _check_kept(source, structure, Header(entries, metadata))
-    states = {part: _weights(source, part, shapes) for part, shapes in structure.shapes().items()}
+    states = {part: _weights(source, part, shapes, dtype) for part, shapes in structure.shapes().items()}
     tensors = {}
     for original, place in places.items():
         pieces = [states[place.part][name] for name in place.names]
         value = to_original(original, pieces[0] if len(pieces) == 1 else torch.cat(pieces))
-        tensors[original] = value.to(dtype=dtype).contiguous()
+        tensors[original] = value.contiguous()
     with replacing_file(target) as aside:
         save_file(tensors, aside, metadata)
     return structure
@@ -171,10 +172,12 @@ def _plain(config: Config) -> dict[str, Any]:
     return values
 
 
-def _weights(folder: Path, part: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a part of a folder as they are, by their names here. Raises GazeError for others than `shapes`."""
+def _weights(
+    folder: Path, part: str, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The tensors of a part of a folder, by their names here. Raises GazeError for others than `shapes`."""
     is_text = part.startswith("text_encoder")
-    state = read_weights(folder / part, "model" if is_text else STEM, dtype=None)
+    state = read_weights(folder / part, "model" if is_text else STEM, dtype)
     if is_text:
         state = {name.removeprefix(PREFIX): value for name, value in state.items()}
         state = {name: value for name, value in state.items() if name in shapes or name not in UNUSED}

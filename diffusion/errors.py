@@ -3,15 +3,18 @@
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 1000  # characters of a problem
+
 
 class GazeError(Exception):
     """A problem of the user's input or files. The command line prints it without a traceback.
 
-    problem: what is wrong, where and why, in a sentence or two.
+    problem: what is wrong, where and why, in a sentence or two; cut where a file's own words make it too long.
     hint: one thing to try, or "".
     """
 
     def __init__(self, problem: str, hint: str = ""):
+        problem = problem if len(problem) <= LONGEST else f"{problem[:LONGEST]}..."
         super().__init__(f"{problem}\n  try: {hint}" if hint else problem)
         self.problem = problem
         self.hint = hint

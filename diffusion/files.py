@@ -8,19 +8,23 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import GazeError
-from .header import read_header, refuse_pickle
+from .header import Entry, read_header, refuse_pickle
 
 MARKS = ("model_index.json", "vae", "text_encoder")  # a folder with one of them holds a model, or a part of it
 STEM = "diffusion_pytorch_model"
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
+TYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "U64": torch.uint64}
+TYPES |= {"I32": torch.int32, "U32": torch.uint32, "I16": torch.int16, "U16": torch.uint16}
+TYPES |= {"I8": torch.int8, "U8": torch.uint8}
 M = TypeVar("M", bound=torch.nn.Module)
 
 
@@ -80,19 +84,39 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 def read_weights(folder: str | Path, stem: str = STEM, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
     """The tensors of one part: one file or shards, with or without the fp16 variant.
 
-    dtype: what they are converted to; None gives them as they are, and as long as they are used the file must stay.
+    dtype: what they are converted to; None gives them as they are.
     Raises GazeError when no safetensors file is there (pickle files are never opened) or one is broken.
     """
-    folder = Path(folder)
     tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder, stem):
-        read_header(path)  # within limits, which load_file lacks
-        try:
-            tensors |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise GazeError(f"{path} cannot be read: {error}", "copy the file again; it may be cut short") from None
-    # Copies, because what safetensors gives is the file itself, mapped into memory.
-    return tensors if dtype is None else {name: value.to(dtype, copy=True) for name, value in tensors.items()}
+    for path in weight_files(Path(folder), stem):
+        tensors |= read_tensors(path, read_header(path).tensors, dtype)
+    return tensors
+
+
+def read_tensors(
+    path: Path, entries: Mapping[str, Entry], dtype: torch.dtype | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor of a safetensors file that `entries`, of its checked header, tells the place of, with its name.
+
+    They are read into memory of their own and converted (dtype None: not) one by one, so that the most that a load
+    takes is the weights and the largest tensor; the file is never mapped. GazeError: the file cannot be read.
+    """
+    types = {name: TYPES[entry.dtype] for name, entry in entries.items()}
+    sizes = {name: prod(entry.shape) * types[name].itemsize for name, entry in entries.items()}
+    # One place for all that are converted: places of their own would leave holes between the results.
+    converted = [sizes[name] for name, stored in types.items() if dtype not in (None, stored)]
+    scratch = torch.empty(max(converted, default=0), dtype=torch.uint8)
+    try:
+        with path.open("rb") as file:
+            for name, entry in sorted(entries.items(), key=lambda item: item[1].begin):
+                keeps = dtype in (None, types[name])
+                content = torch.empty(sizes[name], dtype=torch.uint8) if keeps else scratch[: sizes[name]]
+                file.seek(entry.begin)
+                if file.readinto(content.numpy()) < len(content):  # type: ignore[arg-type]
+                    raise EOFError(f"it ends within {name}")
+                yield name, content.view(types[name]).view(entry.shape).to(dtype, copy=not keeps)
+    except (OSError, EOFError) as error:
+        raise GazeError(f"{path} cannot be read: {error}", "copy the file again; it may be cut short") from None
 
 
 def weight_files(folder: Path, stem: str = STEM) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -14,7 +15,10 @@ LONGEST = 16 * 2**20  # bytes of a header; one of 97 MB takes 8 s to read
 MOST = 20_000  # tensors
 DEEPEST = 8  # dimensions of a tensor
 WIDEST = 2**20  # the largest dimension
-COMMAS = 32 * MOST  # more than that many tensors have, so that counting them bounds time and memory of the reading
+PLAIN = LONGEST // 4  # bytes; a longer header must be ASCII without escapes, because other texts take 4 bytes a letter
+# More than so many tensors have: what is counted before the reading bounds its time and memory.
+COUNTS = {b",": 16 * MOST, b"[": 4 * MOST, b"{": 4 * MOST}
+QUOTES = 12 * MOST
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 BYTES |= {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 PICKLE_STARTS = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
@@ -22,10 +26,11 @@ PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth", ".pkl")
 
 
 class Entry(NamedTuple):
-    """dtype: as safetensors writes it, "F32", "BF16", ..."""
+    """dtype: as safetensors writes it, "F32", "BF16", ... begin: its first byte in the file."""
 
     dtype: str
     shape: tuple[int, ...]
+    begin: int = 0
 
 
 class Header(NamedTuple):
@@ -60,20 +65,27 @@ def read_header(path: str | Path) -> Header:
                 refuse_pickle(path, start)
                 problem = f"{path} cannot be read as safetensors: its first bytes speak of a header of {length} bytes"
                 raise GazeError(f"{problem}; the most is {LONGEST}", "copy the file again; it may be cut short")
-            text = start[8:] + file.read(length - 1)
+            text = _counted(start[8:] + file.read(length - 1))
+        return _checked(text, 8 + length, size)
     except OSError as error:
         raise GazeError(f"{path} cannot be read: {error.strerror}", "check the path and who may read it") from None
-    try:
-        return _checked(text, size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise GazeError(f"{path} cannot be read as safetensors: {error}", "copy the file again") from None
 
 
-def _checked(text: bytes, size: int) -> Header:
-    """The header that `text` is, for `size` bytes of tensors. Raises ValueError with the reason."""
-    if text.count(b",") > COMMAS:
+def _counted(text: bytes) -> str:
+    """The text, if it holds no more than a header may. Raises ValueError with the reason."""
+    if len(text) > PLAIN and (not text.isascii() or b"\\u" in text):
+        raise ValueError(f"it has {len(text)} bytes and letters beyond ASCII; the most is {PLAIN}")
+    quotes = text.count(b'"') - text.count(b'\\"')
+    if quotes > QUOTES or any(text.count(mark) > most for mark, most in COUNTS.items()):
         raise ValueError(f"it has more than {MOST} tensors")
-    content = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+    return text.decode("utf-8")
+
+
+def _checked(text: str, first: int, size: int) -> Header:
+    """The header that `text` is, of a file of `size` bytes whose tensors begin at `first`. ValueError: the reason."""
+    content = json.loads(text, object_pairs_hook=_without_repeats)
     metadata = content.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not texts")
@@ -83,16 +95,17 @@ def _checked(text: bytes, size: int) -> Header:
         if not name.isprintable() or len(name) > 256:
             raise ValueError(f"{name[:40]!r} is no name of a tensor")
         if not _sound(entry):
-            raise ValueError(f"the entry of {name} is broken: {str(entry)[:80]}")
-    end = 0
+            raise ValueError(f"the entry of {name} is broken: {reprlib.repr(entry)[:80]}")
+    tensors, end = {}, 0
     for name, entry in sorted(content.items(), key=lambda item: item[1]["data_offsets"]):
         begin, after = entry["data_offsets"]
         if begin != end or after - begin != prod(entry["shape"]) * BYTES[entry["dtype"]]:
             raise ValueError(f"{name} is not where its shape and the tensors before it say")
+        tensors[name] = Entry(entry["dtype"], tuple(entry["shape"]), first + begin)
         end = after
-    if end != size:
-        raise ValueError(f"it has {size} bytes of tensors, not the {end} that its header speaks of")
-    return Header({name: Entry(e["dtype"], tuple(e["shape"])) for name, e in content.items()}, metadata)
+    if first + end != size:
+        raise ValueError(f"it has {size - first} bytes of tensors, not the {end} that its header speaks of")
+    return Header(tensors, metadata)
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

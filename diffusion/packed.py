@@ -10,19 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 KEPT = 8  # layouts per convolution: input sizes and versions of the weight in turn
+MOST = 2**27  # bytes of weights; each layout takes as much again
 
 
-def pack(module: nn.Module) -> None:
+def pack(module: nn.Module, most: int = MOST) -> None:
     """Lets each plain convolution of `module` keep its weight in oneDNN's own layout, chosen by the input's shape.
 
     A layout is made at the first call of a shape and again when the weight has changed. Calls that need gradients,
     another dtype or another device run as before, and so does everything where this torch lacks oneDNN.
+    most: a module whose convolutions have more bytes of weights than that is left as it is. There the layouts cost
+    gigabytes, and at the sizes of pictures that such models make, laying out is a small part of the time.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")):
         return
-    for convolution in module.modules():
-        if type(convolution) is nn.Conv2d and convolution.padding_mode == "zeros":
-            convolution.forward = partial(_convolve, convolution, {})  # type: ignore[method-assign]
+    plain = [layer for layer in module.modules() if type(layer) is nn.Conv2d and layer.padding_mode == "zeros"]
+    if sum(layer.weight.nbytes for layer in plain) > most:
+        return
+    for convolution in plain:
+        convolution.forward = partial(_convolve, convolution, {})  # type: ignore[method-assign]
 
 
 def _convolve(convolution: nn.Conv2d, layouts: dict[tuple, Tensor], x_BCHW: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from .autoencoder import Autoencoder
 from .condition import Condition
 from .errors import GazeError
 from .files import load_strictly, read_json, replacing, write_json
+from .hub import local_path
 from .noise import NoiseSchedule
 from .schedulers import default_name
 from .single_file import open_single_file, tokenizer_folder, tokenizer_of
@@ -95,24 +96,29 @@ class Model:
         return Condition(context_BSE, self.unet.vector(vector_BV.masked_fill(blank_B[:, None], 0), sizes))
 
 
-def load_model(path: str | Path, tokenizer: str | Path | None = None, prediction_type: str | None = None) -> Model:
-    """Opens a model of Stable Diffusion 1.x, 2.x or XL structure, weights as float32.
+def load_model(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    prediction_type: str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
+    """Opens a model of Stable Diffusion 1.x, 2.x or XL structure.
 
-    path: a folder of diffusers' StableDiffusionPipeline or StableDiffusionXLPipeline, or a safetensors file in the
-    original key layout.
+    path: a folder of diffusers' StableDiffusionPipeline or StableDiffusionXLPipeline, or its id on the hub
+    (`local_path`), or a safetensors file in the original key layout.
     tokenizer: a tokenizer/ folder, or a model's folder that has one, instead of the model's own; a single file has none
-    and takes the one beside it. prediction_type: instead of what the model says.
+    and takes the one beside it. prediction_type: instead of what the model says. dtype: of the weights.
     Raises GazeError when the model, a part or a weight is missing or broken.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.exists():
         raise GazeError(f"model {str(path)!r} does not exist", "check the path, or leave --model out")
-    model = (_from_folder if path.is_dir() else _from_file)(path, tokenizer, prediction_type)
+    model = (_from_folder if path.is_dir() else _from_file)(path, tokenizer, prediction_type, dtype)
     check_fit(model, path)
     return model
 
 
-def _from_folder(folder: Path, tokenizer: str | Path | None, prediction_type: str | None) -> Model:
+def _from_folder(folder: Path, tokenizer: str | Path | None, prediction_type: str | None, dtype: torch.dtype) -> Model:
     index = read_json(folder / "model_index.json")
     two = bool(index.get("text_encoder_2"))
     for part in PARTS | (PARTS_2 if two else {}):
@@ -128,11 +134,13 @@ def _from_folder(folder: Path, tokenizer: str | Path | None, prediction_type: st
     def text(part: str) -> TextEncoder:
         own = folder / part.replace("text_encoder", "tokenizer")
         words = own if tokenizer is None else tokenizer_folder(tokenizer)
-        return TextEncoder.from_pretrained(folder / part, words, penultimate=two, projected=part == "text_encoder_2")
+        return TextEncoder.from_pretrained(
+            folder / part, words, dtype, penultimate=two, projected=part == "text_encoder_2"
+        )
 
     return Model(
-        unet=UNet.from_pretrained(folder / "unet").eval(),
-        autoencoder=Autoencoder.from_pretrained(folder / "vae"),
+        unet=UNet.from_pretrained(folder / "unet", dtype).eval(),
+        autoencoder=Autoencoder.from_pretrained(folder / "vae", dtype),
         text=text("text_encoder"),
         text_2=text("text_encoder_2") if two else None,
         zeros=two and bool(index.get(FORCE_ZEROS, True)),
@@ -144,19 +152,19 @@ def _from_folder(folder: Path, tokenizer: str | Path | None, prediction_type: st
     )
 
 
-def _from_file(path: Path, tokenizer: str | Path | None, prediction_type: str | None) -> Model:
+def _from_file(path: Path, tokenizer: str | Path | None, prediction_type: str | None, dtype: torch.dtype) -> Model:
     file = open_single_file(path, prediction_type)
     structure = file.structure
     words = {part: tokenizer_of(file, part, tokenizer) for part in structure.texts}
     two = "text_encoder_2" in structure.texts
 
     def text(part: str) -> TextEncoder:
-        model = load_strictly(partial(structure.text_encoder, part), file.read(part), path)
+        model = load_strictly(partial(structure.text_encoder, part), file.read(part, dtype), path)
         return TextEncoder(model.eval().requires_grad_(False), words[part], penultimate=two)
 
-    autoencoder = load_strictly(partial(Autoencoder, structure.vae), file.read("vae"), path)
+    autoencoder = load_strictly(partial(Autoencoder, structure.vae), file.read("vae", dtype), path)
     return Model(
-        unet=load_strictly(partial(UNet, structure.unet), file.read("unet"), path).eval(),
+        unet=load_strictly(partial(UNet, structure.unet), file.read("unet", dtype), path).eval(),
         autoencoder=autoencoder.eval().requires_grad_(False),
         text=text("text_encoder"),
         text_2=text("text_encoder_2") if two else None,

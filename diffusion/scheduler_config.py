@@ -154,8 +154,8 @@ def _share(value: Any) -> bool:
 
 # What a value that is read has to be, where it is not one of a few.
 VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "beta_end": (_number, "a number"),
-    "beta_start": (_number, "a number"),
+    "beta_end": (_above_zero, "a number above 0, such as 0.012"),
+    "beta_start": (_above_zero, "a number above 0, such as 0.00085"),
     "flow_shift": (_above_zero, "a number above 0, such as 3"),
     "num_train_timesteps": (_whole, "a whole number, such as 1000"),
     "shift": (_above_zero, "a number above 0, such as 3"),

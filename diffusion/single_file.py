@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import GazeError
-from .files import differences
-from .header import read_header, refuse_pickle
+from .files import differences, read_tensors
+from .header import Entry, read_header, refuse_pickle
 from .original_names import from_original
 from .structure import UNUSED, Place, Structure, layout, recognise
 from .tokenizer import Tokenizer
@@ -27,23 +26,21 @@ class SingleFile:
     path: Path
     structure: Structure
     places: dict[str, Place]
+    entries: dict[str, Entry]
 
     def read(self, part: str, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
-        """The tensors of a part by their names here. dtype: None gives them as they are, for as long as the file stays.
+        """The tensors of a part by their names here. dtype: None gives them as they are.
 
         Raises GazeError when they cannot be read.
         """
+        entries = {original: self.entries[original] for original, place in self.places.items() if place.part == part}
         found: dict[str, Tensor] = {}
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                for original, place in self.places.items():
-                    if place.part == part:
-                        pieces = from_original(original, file.get_tensor(original)).chunk(len(place.names))
-                        found |= zip(place.names, pieces, strict=True)
-        except (OSError, SafetensorError) as error:
-            raise GazeError(f"{self.path} cannot be read: {error}", "copy the file again") from None
-        # Copies, as in `read_weights`.
-        return found if dtype is None else {name: piece.to(dtype, copy=True) for name, piece in found.items()}
+        for original, value in read_tensors(self.path, entries, dtype):
+            names = self.places[original].names
+            pieces = from_original(original, value).chunk(len(names))
+            # Each in memory of its own, so that one may go without the others.
+            found |= zip(names, [piece.clone() for piece in pieces] if len(names) > 1 else pieces, strict=True)
+        return found
 
 
 def open_single_file(path: str | Path, prediction_type: str | None = None) -> SingleFile:
@@ -70,7 +67,7 @@ def open_single_file(path: str | Path, prediction_type: str | None = None) -> Si
     for name in places:
         if "F" not in header.tensors[name].dtype:
             raise GazeError(f"{path} holds {name} as {header.tensors[name].dtype}", "a version that is not quantised")
-    return SingleFile(path, structure, places)
+    return SingleFile(path, structure, places, {name: header.tensors[name] for name in places})
 
 
 def tokenizer_of(file: SingleFile, part: str, folder: str | Path | None = None) -> Tokenizer:

@@ -51,10 +51,15 @@ class TextEncoder:
 
     @classmethod
     def from_pretrained(
-        cls, text_encoder: str | Path, tokenizer: str | Path, penultimate: bool = False, projected: bool = False
+        cls,
+        text_encoder: str | Path,
+        tokenizer: str | Path,
+        dtype: torch.dtype = torch.float32,
+        penultimate: bool = False,
+        projected: bool = False,
     ) -> TextEncoder:
-        """Reads the two folders, weights as float32, for use; GazeError when one is broken."""
-        model = CLIPText.from_pretrained(text_encoder, projected).eval().requires_grad_(False)
+        """Reads the two folders, for use; GazeError when one is broken."""
+        model = CLIPText.from_pretrained(text_encoder, dtype, projected).eval().requires_grad_(False)
         return cls(model, Tokenizer.from_pretrained(tokenizer), penultimate)
 
     def save_pretrained(

@@ -328,10 +328,10 @@ class UNet(nn.Module):
         return self.denoise(x_BCHW, self.embed_time(timestep, vector_BV), self.project_context(context_BSE))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> UNet:
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet:
         """Open a diffusers `unet/` folder. GazeError: missing or broken files, an unsupported config, other weights."""
         config = UNetConfig.from_diffusers(read_json(Path(folder) / "config.json"))
-        return load_strictly(partial(cls, config), read_weights(folder), folder)
+        return load_strictly(partial(cls, config), read_weights(folder, dtype=dtype), folder)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers `unet/` folder; dtype None keeps that of the parameters."""

@@ -2,6 +2,7 @@
 
 Warm: both in one process, interleaved A B A B, so that whatever else the machine does falls on both alike. Cold: each
 in fresh processes, import and loading included, again in turn. Ratios are seconds of the other over ours, per pair.
+The cold runs also tell the most memory that each took.
 """
 
 import os
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from diffusion.errors import GazeError, nearest
+from diffusion.hub import local_path
 from pipelines.request import Request
 from pipelines.text_to_image import DEFAULT_MODEL, TextToImage
 
@@ -27,6 +29,19 @@ DIFFUSERS_CLASS = {
     "heun": "HeunDiscreteScheduler",
     "dpmpp_2m": "DPMSolverMultistepScheduler",
 }
+
+COLD_GAZE = """
+import runpy
+runpy.run_module("pipelines", run_name="__main__", alter_sys=True)
+"""
+
+# The process's own most, mapped files included. `ru_maxrss` would also count what was there before the process began.
+PEAK = """
+import atexit, pathlib, re
+status = pathlib.Path("/proc/self/status")
+if status.exists():
+    atexit.register(lambda: print("VmHWM", re.search(r"VmHWM:\\s+([0-9]+) kB", status.read_text())[1]))
+"""
 
 COLD_DIFFUSERS = """
 import sys, torch, diffusers
@@ -55,13 +70,14 @@ def compare(
     """Measures and returns what `table` prints: settings, warm, cold (None without cold_pairs), largest_difference.
 
     folder: a StableDiffusionPipeline folder; None: the shipped model. height, width: pixels; None: the model's own.
+    cold has `memory` too: the most bytes that each process had at once, None where the system (not Linux) hides it.
     largest_difference: of the two float pictures, values in [0, 1]. Raises GazeError as TextToImage does.
     """
     if scheduler not in DIFFUSERS_CLASS:
         raise GazeError(
             f"scheduler {scheduler!r} cannot be compared picture by picture", nearest(scheduler, DIFFUSERS_CLASS)
         )
-    folder = str(DEFAULT_MODEL if folder is None else folder)
+    folder = str(local_path(DEFAULT_MODEL if folder is None else folder))
     if Path(folder).is_file():
         raise GazeError(f"{folder} is a single file, and the comparison opens folders", f"gaze convert {folder} FOLDER")
     gaze = TextToImage.from_pretrained(folder)
@@ -114,7 +130,7 @@ def compare(
         },
         "largest_difference": float(difference),
         "warm": warm,
-        "cold": _measure(_cold_commands(str(Path(folder).resolve()), request, plan.height, plan.width), cold_pairs)
+        "cold": _cold(str(Path(folder).resolve()), request, plan.height, plan.width, cold_pairs)
         if cold_pairs
         else None,
     }
@@ -134,30 +150,41 @@ def _open_with_diffusers(folder: str, scheduler: str) -> Any:
     return pipe
 
 
-def _cold_commands(folder: str, request: Request, height: int, width: int) -> dict[str, Callable[[], Any]]:
+def _cold(folder: str, request: Request, height: int, width: int, n: int) -> dict[str, Any]:
     """Each from a shell's point of view: start of the process to the PNG on the disk. `import torch` is the floor."""
     steps, scale, seed = str(request.num_inference_steps), str(request.guidance_scale), str(request.seed)
     scheduler, prompt = str(request.scheduler), str(request.prompt)
     with_gaze = [
-        *("-m", "pipelines", "generate", "--model", folder, "--scheduler", scheduler, "--steps", steps),
+        *("generate", "--model", folder, "--scheduler", scheduler, "--steps", steps),
         *("--cfg", scale, "--size", f"{width}x{height}", "--seed", seed, "--", prompt),
     ]
     with_diffusers = [folder, DIFFUSERS_CLASS[scheduler], prompt, steps, scale, str(height), str(width), seed, "a.png"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    memory = {}
 
-    def start(*arguments: str) -> None:
-        with tempfile.TemporaryDirectory() as place:
-            done = subprocess.run(
-                [sys.executable, *arguments], cwd=place, env=environment, capture_output=True, text=True, check=False
-            )
-        if done.returncode:
-            raise GazeError(f"a fresh process failed: {done.stderr.strip()[-2000:]}", "--cold-pairs 0 leaves these out")
+    def start(name: str, code: str, arguments: Sequence[str] = ()) -> None:
+        memory[name] = fresh_process(code, *arguments)
 
-    return {
-        "gaze": lambda: start(*with_gaze),
-        "diffusers": lambda: start("-c", COLD_DIFFUSERS, *with_diffusers),
-        "import torch": lambda: start("-c", "import torch"),
+    runs = {
+        "gaze": lambda: start("gaze", COLD_GAZE, with_gaze),
+        "diffusers": lambda: start("diffusers", COLD_DIFFUSERS, with_diffusers),
+        "import torch": lambda: start("import torch", "import torch"),
     }
+    return {**_measure(runs, n), "memory": memory}
+
+
+def fresh_process(code: str, *arguments: str) -> int | None:
+    """Runs Python code in a new process and an empty folder. Returns the most bytes of memory that it had at once.
+
+    None: the system does not tell. Raises GazeError when the process fails.
+    """
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, "-c", PEAK + code, *arguments]
+        done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise GazeError(f"a fresh process failed: {done.stderr.strip()[-2000:]}", "--cold-pairs 0 leaves these out")
+    name, _, kilobytes = done.stdout.strip().rpartition("\n")[2].partition(" ")
+    return int(kilobytes) * 1024 if name == "VmHWM" else None
 
 
 def _measure(runs: dict[str, Callable[[], Any]], n: int) -> dict[str, Any]:
@@ -194,6 +221,8 @@ def table(report: dict[str, Any]) -> str:
             rows.append((kind, name, *seconds, median, least, f"{lower} to {upper}", most, str(part["n"])))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    memory = {} if report["cold"] is None else report["cold"]["memory"]
+    peaks = [f"{name} {most / 2**20:,.0f} MiB" for name, most in memory.items() if most is not None]
     return "\n".join(
         [
             f"{settings['prompt']!r}, seed {settings['seed']}, {settings['width']}x{settings['height']} pixels, "
@@ -204,6 +233,7 @@ def table(report: dict[str, Any]) -> str:
             *lines,
             "",
             "seconds: medians for one picture; warm: in one process; cold: from the start of a process to the PNG",
+            *([f"most memory of a cold run: {', '.join(peaks)}"] if peaks else []),
             f"largest difference of the two pictures: {report['largest_difference']:.1e} (values in [0, 1])",
         ]
     )

@@ -12,6 +12,7 @@ from diffusion.attention import SpatialTransformer, TransformerBlock
 from diffusion.autoencoder import Autoencoder
 from diffusion.convert import read_structure
 from diffusion.errors import GazeError
+from diffusion.hub import local_path
 from diffusion.noise import NoiseSchedule
 from diffusion.single_file import open_single_file
 from diffusion.unet import UNet
@@ -35,7 +36,7 @@ def inspect(
     memory: bytes of the weights, of what a step with guidance and the decoding of one picture add to them, and the most
     of all at once. Raises GazeError for a model that cannot be opened; the weights of a folder are not looked at.
     """
-    path = Path(DEFAULT_MODEL if path is None else path)
+    path = local_path(DEFAULT_MODEL if path is None else path)
     if not path.exists():
         raise GazeError(f"model {str(path)!r} does not exist", "check the path")
     single = path.is_file()

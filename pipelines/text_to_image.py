@@ -21,6 +21,7 @@ from diffusion.condition import Condition
 from diffusion.denoiser import Denoiser
 from diffusion.lora import add_lora
 from diffusion.packed import pack
+from diffusion.placement import check_dtype, visiting
 from diffusion.pretrained import Model, load_model
 from diffusion.samplers import Denoise, PictureNoise, Step
 
@@ -78,6 +79,7 @@ class TextToImage:
 
     def __init__(self, model: Model):
         self.model = model
+        self.tile: int | None = None
         self._loras: list[dict[str, Any]] = []
         self._added = ExitStack()
 
@@ -87,13 +89,14 @@ class TextToImage:
         path: str | Path | None = None,
         tokenizer: str | Path | None = None,
         prediction_type: str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> TextToImage:
-        """Opens a folder that StableDiffusionPipeline.save_pretrained or our training wrote, or a single file in the
-        original key layout; None: the shipped model. tokenizer, prediction_type: see `load_model`.
+        """Opens a folder that StableDiffusionPipeline.save_pretrained or our training wrote, a model of the hub by its
+        id, or a single file in the original key layout; None: the shipped model. The other arguments: see `load_model`.
 
         Raises GazeError when the model is missing, broken or of another kind.
         """
-        model = load_model(DEFAULT_MODEL if path is None else path, tokenizer, prediction_type)
+        model = load_model(DEFAULT_MODEL if path is None else path, tokenizer, prediction_type, dtype)
         pack(model.unet)
         return cls(model)
 
@@ -101,6 +104,26 @@ class TextToImage:
         """Moves the model to a device, a dtype or both, as torch.nn.Module.to does."""
         for module in self.model.modules.values():
             module.to(*args, **kwargs)
+        return self
+
+    def offload(self) -> TextToImage:
+        """Keeps all networks but the U-Net on the CPU; each then moves to the U-Net's device for as long as it is used.
+
+        `to` moves all of them, so the order is pipe.to("cuda").offload().
+        """
+        for name, module in self.model.modules.items():
+            if name != "unet":
+                module.to("cpu")
+        return self
+
+    def tile_vae(self, tile: int | None = 512) -> TextToImage:
+        """Has pictures decoded and encoded one by one, in tiles as `Autoencoder.decode` says; None: all and whole.
+
+        Raises GazeError for a size that this model cannot have.
+        """
+        if tile is not None:
+            self.model.autoencoder.latent_overlap(tile)
+        self.tile = tile
         return self
 
     def load_lora(self, path: str | Path, weight: float = 1.0) -> None:
@@ -138,26 +161,32 @@ class TextToImage:
 
     def plan(self, request: Request) -> Plan:
         """Checks a request and fills in the model's defaults. Raises GazeError."""
+        check_dtype(next(self.model.unet.parameters()).dtype, self.device)
         return make_plan(self.model, request, self._loras)
 
     @torch.inference_mode()
     def encode(self, pixels_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels in [-1, 1] -> mean and standard deviation of their scaled latents, each BCHW."""
-        parameter = next(self.model.autoencoder.parameters())
-        return self.model.autoencoder.encode(pixels_BCHW.to(parameter))
+        autoencoder = self.model.autoencoder
+        with visiting(autoencoder, self.device):
+            return autoencoder.encode(pixels_BCHW.to(next(autoencoder.parameters())), self.tile)
 
     @torch.inference_mode()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """Scaled latents -> pixels in about [-1, 1], BCHW."""
         autoencoder = self.model.autoencoder
-        return autoencoder.decode(latents_BCHW.to(next(autoencoder.parameters()).dtype))
+        with visiting(autoencoder, self.device):
+            return autoencoder.decode(latents_BCHW.to(next(autoencoder.parameters()).dtype), self.tile)
 
     @torch.inference_mode()
     def _run(self, plan: Plan) -> Iterator[Preview]:
         generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds]
         noise = PictureNoise(generators, self._latent_shape(plan.height, plan.width), self.device)
         begin = self._start(plan, noise)
-        denoise = begin.around(self._denoiser(plan, begin.beside_BCHW))
+        with ExitStack() as stack:
+            for text in self.model.texts.values():
+                stack.enter_context(visiting(text.model, self.device))
+            denoise = begin.around(self._denoiser(plan, begin.beside_BCHW))
         sigmas = plan.trajectory.sigmas[plan.first :]
         total = len(sigmas) - 1
         for index, step in enumerate(plan.trajectory.run(denoise, begin.x_BCHW, noise=noise, sigmas=sigmas), start=1):

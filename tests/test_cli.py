@@ -268,6 +268,7 @@ def test_benchmark_compares_like_with_like(gaze, model):
     assert report["settings"]["num_inference_steps"] == 3
     code, out, _ = gaze("benchmark", *options, "--scheduler", "dpmpp_2m")
     assert "largest difference" in out
+    assert "most memory" not in out
     assert gaze("benchmark", *options, "--scheduler", "euler_ancestral")[0] == 1
 
 

@@ -151,7 +151,7 @@ def test_exponential_and_beta_levels():
         ({"timestep_spacing": "log"}, ["timestep_spacing", "log", "leading"]),
         ({"final_sigmas_type": "one"}, ["final_sigmas_type", "one", "sigma_min"]),
         ({"beta_schedule": "sigmoid"}, ["beta_schedule", "sigmoid", "linear"]),
-        ({"beta_start": 0.0}, ["betas"]),
+        ({"beta_start": 0.0}, ["beta_start", "0.0"]),
         ({"trained_betas": [0.5, 1.5]}, ["betas"]),
         ({"num_train_timesteps": 0}, ["betas"]),
         ({"num_train_timesteps": 10**12}, ["num_train_timesteps", "out of range"]),

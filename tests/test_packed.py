@@ -51,6 +51,14 @@ def test_gradients_dtypes_and_state_are_untouched():
         assert network.double()(x.double()).dtype == torch.float64
 
 
+def test_a_large_network_is_left_as_it_is():
+    weights = sum(layer.weight.nbytes for layer in _network())
+    for most, packs in ((weights, True), (weights - 1, False)):
+        network = _network()
+        pack(network, most)
+        assert all(("forward" in vars(layer)) == packs for layer in network)
+
+
 def test_a_copy_is_a_network_of_its_own():
     network = _network()
     pack(network)

@@ -1,15 +1,11 @@
 """Single files from strangers: what is broken or hostile is named, nothing runs, nothing is lost."""
 
 import contextlib
-import io
-import itertools
 import json
 import random
 import shutil
-import sys
 import time
 import tracemalloc
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,11 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from diffusion.convert import convert
 from diffusion.errors import GazeError
-from diffusion.header import LONGEST, MOST, read_header
+from diffusion.header import LONGEST, read_header
 from diffusion.pretrained import load_model
 from diffusion.single_file import open_single_file
 from diffusion.tokenizer import Tokenizer
 from pipelines.inspection import inspect
+from tests.hostile import headers
 from tests.narrow_models import narrow_pipeline
 from tests.small_pipeline import small_pipeline
 
@@ -223,116 +220,6 @@ def test_files_are_readable_to_those_who_may_read_the_folder(made, tmp_path):
 
 
 # Hostile files
-
-FOUND: list[str] = []
-sys.addaudithook(lambda event, _: FOUND.append(event) if event in ("pickle.find_class", "os.system") else None)
-
-
-def payloads():
-    """Pickles that would make a file, of each protocol, bare and inside torch's archive."""
-    for protocol, command in itertools.product(range(6), ("touch ran", "touch ran; exit 1", "echo > ran", ":> ran")):
-        if protocol < 2:
-            body = b"cos\nsystem\n(S'" + command.encode() + b"'\ntR."
-        elif protocol < 4:
-            body = bytes([0x80, protocol]) + b"cos\nsystem\nX" + len(command).to_bytes(4, "little")
-            body += command.encode() + b"\x85R."
-        else:
-            frame = b"\x8c\x02os\x8c\x06system\x93\x8c" + bytes([len(command)]) + command.encode() + b"\x85R."
-            body = bytes([0x80, protocol, 0x95]) + len(frame).to_bytes(8, "little") + frame
-        yield body
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w") as packed:
-            packed.writestr("archive/data.pkl", body)
-        yield archive.getvalue()
-
-
-def test_pickles_under_innocent_names_are_never_opened(made, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    FOUND.clear()
-    names = itertools.cycle(["model.safetensors", "model", "picture.png", "model.ckpt", "model.bin", "model.pt"])
-    bodies = list(payloads())
-    for body, name in zip(bodies, names, strict=False):
-        Path(name).write_bytes(body)
-        for action in (load_model, lambda path: convert(path, "out"), open_single_file):
-            said = refusal(action, name)
-            if body.startswith((b"PK", b"\x80")) or ("." in name[5:] and not name.endswith(("safetensors", "png"))):
-                assert "a pickle, which can run code and is never opened" in said
-                assert "its .safetensors version" in said
-    folder = Path(shutil.copytree(made / "model", "folder"))
-    for name in ("unet/diffusion_pytorch_model.safetensors", "model_index.json", "tokenizer/tokenizer.json"):
-        whole = (folder / name).read_bytes()
-        for body in bodies[:4] + bodies[-2:]:
-            (folder / name).write_bytes(body)
-            refusal(load_model, folder)
-        (folder / name).write_bytes(whole)
-    assert len(bodies) == 48
-    assert not Path("ran").exists()
-    assert not Path("out").exists()
-    assert FOUND == []
-
-
-def tensor(dtype="F32", shape=(2,), offsets=(0, 8), **more):
-    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets), **more}
-
-
-def headers():
-    """Hostile headers by name: text, or something that JSON makes text of."""
-    bad = {
-        "nothing": b"",
-        "no json": b"{",
-        "a list": b"[]",
-        "a text": b'"a"',
-        "two": b"{}{}",
-        "not utf-8": b'{"\xff": 1}',
-        "nested": b'{"a":' * 100_000,
-        "lists": b'{"a":' + b"[" * 100_000,
-        "a long number": b'{"a":' + b"9" * 10_000 + b"}",
-        "twice": b'{"a":%s,"a":%s}' % ((json.dumps(tensor()).encode(),) * 2),
-        "keys twice": b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}',
-        "commas": b'{"a":[' + b"1," * 2_000_000 + b"1]}",
-        "too many": {f"t{i}": tensor(shape=[0], offsets=(0, 0)) for i in range(MOST + 1)},
-        "metadata no dict": {"__metadata__": 5},
-        "metadata no texts": {"__metadata__": {"a": 5}},
-        "entry no dict": {"a": 5},
-        "entry empty": {"a": {}},
-        "no shape": {"a": {"dtype": "F32", "data_offsets": [0, 8]}},
-        "more": {"a": tensor(code="import os")},
-        "dtype unknown": {"a": tensor("F33")},
-        "dtype a list": {"a": tensor(["F32"])},
-        "dtype none": {"a": tensor(None)},
-        "shape a text": {"a": {**tensor(), "shape": "2"}},
-        "shape of texts": {"a": tensor(shape=["2"])},
-        "shape of fractions": {"a": tensor(shape=[2.0])},
-        "shape of truths": {"a": tensor(shape=[True, 2])},
-        "shape nested": {"a": tensor(shape=[[2]])},
-        "negative": {"a": tensor(shape=[-2])},
-        "two negatives": {"a": tensor(shape=[-1, -2])},
-        "huge and empty": {"a": tensor(shape=[2**62, 0], offsets=(0, 0))},
-        "overflowing": {"a": tensor(shape=[2**32, 2**32, 2])},
-        "empty side": {"a": tensor(shape=[4, 0], offsets=(0, 0))},
-        "deep": {"a": tensor(shape=[2] + [1] * 8)},
-        "a shape too large": {"a": tensor(shape=[3])},
-        "a shape too small": {"a": tensor(shape=[1])},
-        "offsets one": {"a": tensor(offsets=[0])},
-        "offsets three": {"a": tensor(offsets=[0, 4, 8])},
-        "offsets of texts": {"a": tensor(offsets=["0", "8"])},
-        "offsets negative": {"a": tensor(offsets=[-8, 0])},
-        "offsets backwards": {"a": tensor(offsets=[8, 0])},
-        "offsets beyond": {"a": tensor(offsets=[8, 16])},
-        "offsets huge": {"a": tensor(offsets=[2**63, 2**63 + 8])},
-        "overlap": {"a": tensor(shape=[1], offsets=(0, 4)), "b": tensor(shape=[1], offsets=(2, 6))},
-        "same place": {"a": tensor(), "b": tensor()},
-        "hole": {"a": tensor(shape=[1], offsets=(0, 4)), "b": tensor("F16", [1], (6, 8))},
-        "too little": {"a": tensor(shape=[1], offsets=(0, 4))},
-        "too much": {"a": tensor(shape=[4], offsets=(0, 16))},
-        "name of a terminal": {"\x1b[2J": tensor()},
-        "name with NUL": {"a\0": tensor()},
-        "name a surrogate": b'{"\\ud800":%s}' % json.dumps(tensor()).encode(),
-        "name long": {"a" * 300: tensor()},
-        "no tensors": {"__metadata__": {}},
-        "another model": {"transformer_blocks.0.attn.to_q.weight": tensor()},
-    }
-    return {name: value if isinstance(value, bytes) else json.dumps(value).encode() for name, value in bad.items()}
 
 
 @pytest.mark.parametrize("name", headers())

@@ -1,0 +1,95 @@
+"""A model by its id on the hub: a folder in huggingface_hub's cache. Safetensors, JSON and texts only; no pickle."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import GazeError
+from .files import STEM, read_json, weight_files
+from .header import PICKLE_SUFFIXES
+
+ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)*))?", re.ASCII)
+INDEX = "model_index.json"
+WEIGHTS = {"unet": STEM, "vae": STEM, "text_encoder": "model", "text_encoder_2": "model"}
+FOLDERS = "|".join([*WEIGHTS, "scheduler", "tokenizer", "tokenizer_2"])
+SMALL = re.compile(rf"{INDEX}|generation_config\.json|({FOLDERS})/[\w.-]+\.(json|txt)", re.ASCII)
+# Whole or in shards, the better first; as `weight_files` finds them.
+VARIANTS = (r"{}(-\d+-of-\d+)?\.safetensors", r"{}(\.fp16|\.fp16-\d+-of-\d+|-\d+-of-\d+\.fp16)\.safetensors")
+
+
+def local_path(model: str | Path) -> Path:
+    """Where a model is on the disk. model: the path of a file or folder, or else an id on the hub, "owner/name" or
+    "owner/name@revision", of which the cached copy is taken, without a look at the network, or one is fetched.
+
+    A path that is neither there nor like an id is given back. Raises GazeError when a model of the hub cannot be had.
+    """
+    path, match = Path(model), ID.fullmatch(str(model))
+    if path.exists() or match is None or path.suffix in (".safetensors", *PICKLE_SUFFIXES):
+        return path
+    return _cached(*match.groups()) or _fetched(*match.groups())
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        # What else belongs to it, only the network or `_is_whole` can say.
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[INDEX]))
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None
+    return folder if _is_whole(folder) else None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether no file of a part is missing, as after a download that was cut off."""
+    try:
+        parts = [part for part, entry in read_json(folder / INDEX).items() if isinstance(entry, list) and all(entry)]
+        needed = [path for part in WEIGHTS.keys() & parts for path in weight_files(folder / part, WEIGHTS[part])]
+        needed += [folder / part / "config.json" for part in WEIGHTS.keys() & parts]
+    except GazeError:
+        return False
+    return all(path.is_file() for path in needed)
+
+
+def _fetched(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    name = repo if revision is None else f"{repo}@{revision}"
+    try:
+        found = HfApi().model_info(repo, revision=revision)
+        names = wanted(file.rfilename for file in found.siblings or [])
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names)) if INDEX in names else None
+    except GatedRepoError:
+        raise GazeError(
+            f"{name} is for those who agreed to its terms", "agree on its page, then: hf auth login"
+        ) from None
+    except RepositoryNotFoundError:
+        problem = f"there is no file or folder {name!r}, and the hub has no such model, or not for you"
+        raise GazeError(problem, "check the spelling; for a private model: hf auth login") from None
+    except RevisionNotFoundError:
+        raise GazeError(f"{repo} has no revision {revision!r}", f"--model {repo}, or another after the @") from None
+    except Exception as error:  # of whichever library does the network
+        problem = (
+            f"there is no file or folder {name!r}, and as a model of the hub it is not in {constants.HF_HUB_CACHE}"
+        )
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise GazeError(f"{problem} and cannot be fetched ({reason})", "the path of a model, or a network") from None
+    if folder is None:
+        raise GazeError(
+            f"{name} has no {INDEX}, so it is no diffusers folder", "fetch its .safetensors and give the path"
+        )
+    return folder
+
+
+def wanted(names: Iterable[str]) -> list[str]:
+    """Of the files of a model, those that are read here; the fp16 variant of a part only where there is no other."""
+    names = list(names)
+    chosen = [name for name in names if SMALL.fullmatch(name)]
+    for part, stem in WEIGHTS.items():
+        kinds = [re.compile(f"{part}/{variant.format(stem)}", re.ASCII) for variant in VARIANTS]
+        chosen += next(filter(None, ([name for name in names if kind.fullmatch(name)] for kind in kinds)), [])
+    return chosen
