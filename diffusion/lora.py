@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .attention import TokenConv
 from .clip import PREFIX
 from .errors import GazeError
+from .files import read_tensors
 from .header import Entry, Header, read_header, refuse_pickle
 from .original_names import original_names
 from .structure import unet_counts
@@ -179,22 +179,19 @@ def _additions(networks: Mapping[str, nn.Module], path: Path, header: Header, we
     notes = {part: _read_notes(header.metadata, part) for part in PARTS}
     for (part, name), keys in found.items():
         _check_shapes(networks[part].get_submodule(name), f"{part}'s {name}", keys, header.tensors)
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            for (part, name), keys in found.items():
-                layer: Any = networks[part].get_submodule(name)
-                down, up = (_finite(file.get_tensor(keys[role]), keys[role], layer.weight) for role in ("down", "up"))
-                rank = len(down)
-                alpha = float(file.get_tensor(keys["alpha"])) if "alpha" in keys else None
-                scale = weight * _scale(notes[part], name, rank, alpha)
-                if not abs(scale) <= LARGEST:
-                    raise GazeError(f"the alpha of {part}'s {name} makes its scale {scale}", "another copy of the file")
-                if _on_tokens(layer):
-                    yield Addition(layer, down.flatten(1), up.flatten(1), scale)
-                else:
-                    yield Addition(layer, down.view(rank, *layer.weight.shape[1:]), up.view(-1, rank, 1, 1), scale)
-    except (OSError, SafetensorError) as error:
-        raise GazeError(f"it cannot be read: {error}", "copy the file again") from None
+    tensors = dict(read_tensors(path, header.tensors))
+    for (part, name), keys in found.items():
+        layer: Any = networks[part].get_submodule(name)
+        down, up = (_finite(tensors[keys[role]], keys[role], layer.weight) for role in ("down", "up"))
+        rank = len(down)
+        alpha = tensors[keys["alpha"]].item() if "alpha" in keys else None
+        scale = weight * _scale(notes[part], name, rank, alpha)
+        if not abs(scale) <= LARGEST:
+            raise GazeError(f"the alpha of {part}'s {name} makes its scale {scale}", "another copy of the file")
+        if _on_tokens(layer):
+            yield Addition(layer, down.flatten(1), up.flatten(1), scale)
+        else:
+            yield Addition(layer, down.view(rank, *layer.weight.shape[1:]), up.view(-1, rank, 1, 1), scale)
 
 
 def _sorted_by_layer(networks: Mapping[str, nn.Module], header: Header) -> dict[tuple[str, str], dict[str, str]]:
@@ -251,8 +248,8 @@ def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _finite(value: Tensor, key: str, like: Tensor) -> Tensor:
-    """A copy, as in `read_weights`, on the device and in the dtype of a layer. Raises GazeError."""
-    value = value.to(like.device, like.dtype, copy=True)
+    """On the device and in the dtype of a layer. Raises GazeError."""
+    value = value.to(like)
     if not value.isfinite().all():
         raise GazeError(f"{key} has values that are no finite numbers in {like.dtype}", "another copy of the file")
     return value

@@ -24,6 +24,7 @@ from .options import (
     Size,
     Steps,
     TokenizerFolder,
+    dtype_of,
     progress,
     size_of,
 )
@@ -175,14 +176,9 @@ def convert(
 ) -> None:
     """Convert a model between a diffusers folder and one file in the original key layout of Stable Diffusion 1.x, 2.x
     or XL. Safetensors only; OUT is written whole or not at all."""
-    import torch
-
     from diffusion.convert import convert as convert_model
 
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if dtype is not None and dtype not in dtypes:
-        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(dtypes)}", param_hint="'--dtype'")
-    wanted = None if dtype is None else dtypes[dtype]
+    wanted = None if dtype is None else dtype_of(dtype)
     structure = convert_model(source, target, tokenizer, prediction_type, wanted)
     report = {"path": target, "structure": structure.family.name, **structure.schedule}
     print(json.dumps(report) if as_json else f"{target}  {structure.family.name}, {report['prediction_type']}")

@@ -20,6 +20,7 @@ from PIL import Image
 from diffusion.errors import GazeError
 
 from .files import check_writable, png_path
+from .options import dtype_of
 from .parameters import write_parameters
 from .png import save_png
 from .processes import Processes
@@ -28,6 +29,7 @@ from .sheet import grid, printable
 from .text_to_image import Preview, Request, TextToImage
 
 OF_PICTURE = ("prompt", "negative_prompt", "seed")  # settings that differ within a batch
+OFFLOAD = "offload"  # the one setting that says nothing about the picture
 AT_ONCE = 8  # pictures in a batch on a GPU
 
 
@@ -80,11 +82,15 @@ def make(
 
 def open_model(settings: dict[str, Any]) -> TextToImage:
     """The model that the settings name with its LoRAs, on this process's GPU if there is one. Raises GazeError."""
-    path, *others = (settings.get(name) for name in OF_MODEL)
-    pipe = TextToImage.from_pretrained(None if path == SHIPPED else path, *others)
+    path, tokenizer, prediction_type, dtype, tile = (settings.get(name) for name in OF_MODEL)
+    weights = dtype_of("float32" if dtype is None else dtype)
+    pipe = TextToImage.from_pretrained(None if path == SHIPPED else path, tokenizer, prediction_type, weights)
+    pipe.tile_vae(tile)
     for lora in settings.get("lora", []):
         pipe.load_lora(lora["path"], lora["weight"])
-    return pipe.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}") if torch.cuda.is_available() else pipe
+    if torch.cuda.is_available():
+        pipe.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    return pipe.offload() if settings.get(OFFLOAD) else pipe
 
 
 def _check(pipe: TextToImage, name: str, settings: dict[str, Any]) -> None:
@@ -144,7 +150,7 @@ def previewer(path: str | None, every: int) -> Callable[[Preview], None] | None:
 
 def request(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that belong to a `Request`."""
-    return {name: value for name, value in settings.items() if name not in OF_MODEL}
+    return {name: value for name, value in settings.items() if name not in (*OF_MODEL, OFFLOAD)}
 
 
 def _of_model(settings: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from diffusion.errors import GazeError
+from diffusion.errors import GazeError, nearest
 
 
 def _set_debug(wanted: bool) -> None:
@@ -112,6 +112,16 @@ class PictureOptions:
     model: ModelPath = None
     tokenizer: TokenizerFolder = None
     prediction_type: PredictionType = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="float32, bfloat16, or float16 on a GPU. [default: float32]"),
+    ] = None
+    tile: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Pixels of the tiles to decode in, for large pictures.")
+    ] = None
+    offload: Annotated[
+        bool | None, typer.Option("--offload", help="Keep all but the U-Net off the GPU while they are not used.")
+    ] = None
 
     def settings(self) -> dict[str, Any]:
         """The settings asked for, as a PNG has them: those of the picture to be like, and those given."""
@@ -143,6 +153,16 @@ def with_picture_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = inspect.Signature(keyword)  # type: ignore[attr-defined]
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
+
+
+def dtype_of(name: str) -> Any:
+    """torch's type of that name. Raises GazeError for one that weights do not come in."""
+    import torch
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise GazeError(f"unknown dtype {name!r:.100}", nearest(name, dtypes))
+    return dtypes[name]
 
 
 @contextmanager

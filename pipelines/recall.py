@@ -37,8 +37,10 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "model": str,
     "tokenizer": str,
     "prediction_type": str,
+    "dtype": str,
+    "tile": int,
 }
-OF_MODEL = ("model", "tokenizer", "prediction_type")  # these say what draws, and belong together
+OF_MODEL = ("model", "tokenizer", "prediction_type", "dtype", "tile")  # these say what draws, and belong together
 SHIPPED = "default"  # the name inside a PNG of the model that comes with the package
 
 

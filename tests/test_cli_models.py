@@ -75,7 +75,9 @@ def test_bad_input_is_a_clear_error(gaze, arguments, says):
     assert [path.name for path in Path().iterdir()] == ["model.ckpt"]
 
 
-def test_an_unknown_dtype_is_wrong_usage(gaze, model):
-    code, _, err = gaze("convert", model, "a.safetensors", "--dtype", "int8")
-    assert code == 2
+@pytest.mark.parametrize("command", [["convert", "MODEL", "a.safetensors"], ["generate", "cat", "--model", "MODEL"]])
+def test_an_unknown_dtype_is_named(gaze, model, command):
+    code, _, err = gaze(*(str(model) if word == "MODEL" else word for word in command), "--dtype", "int8")
+    assert code == 1
+    assert "'int8'" in err
     assert "float16" in err

@@ -40,6 +40,8 @@ ASKED = {
     "rescale": ["cat", "--guidance-rescale", "0.7", "--cfg", "9.25"],
     "interval": ["cat", "--guidance-interval", "0.3:", "--cfg", "3"],
     "apg": ["cat", "--apg", "--prediction-type", "v_prediction"],
+    "bfloat16": ["cat", "--dtype", "bfloat16", "--offload"],
+    "tiles": ["cat", "--size", "64x48", "--tile", "32"],
     "unguided": ["(cat:0.3) \\( [dog]\nBREAK red", "--cfg", "1", "--size", "16x32"],
     "odd": ["Steps: 1, \udc80 \"炎\"\0\nNegative prompt: x", "--scheduler", "heun"],
 }  # fmt: skip
