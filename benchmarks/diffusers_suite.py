@@ -34,9 +34,14 @@ from diffusion.noise import NoiseSchedule, scaling
 from diffusion.samplers import PictureNoise
 from diffusion.schedulers import FLOWS, TABLE, prepare
 
-# Of loops over all timesteps; the last is over those that a scheduler begins with, all of the training.
-WHOLE = ("scheduler.timesteps", "scheduler.prk_timesteps", "reversed(range(num_trained_timesteps))")
-PART = "its loop starts in the middle of the timesteps"
+# What loops go over, and the number of the first: all timesteps (the third is those that a scheduler begins with, all
+# of the training), or the last of them.
+BEGINS = {
+    **dict.fromkeys(("scheduler.timesteps", "scheduler.prk_timesteps", "reversed(range(num_trained_timesteps))"), "0"),
+    "scheduler.timesteps[3:]": "3",
+    "timesteps": "len(scheduler.timesteps) - len(timesteps)",
+}
+OTHER = "its loop goes over other timesteps"
 CLASSES = {**TABLE.classes, **FLOWS.classes}
 
 
@@ -65,24 +70,25 @@ class Loops(ast.NodeTransformer):
             return ast.Pass()  # `loop` went through these too
         if not steps or not any(ast.unparse(call.func) == "model" for call in calls):
             return node
-        if places not in WHOLE:
-            return [ast.parse("partial_loop()").body[0], node]
+        if places not in BEGINS:
+            return [ast.parse("other_loop()").body[0], node]
         # Most of the suite hands `step` the network's input in place of x.
         scaled = any(ast.unparse(part).startswith("sample = scheduler.scale_model_input") for part in node.body)
         extra = [ast.unparse(argument) for argument in steps[0].args[3:]]
         extra += [f"{keyword.arg}={ast.unparse(keyword.value)}" for keyword in steps[0].keywords]
-        arguments = ", ".join(["scheduler", "model", "sample", str(scaled), *extra])
+        arguments = ", ".join(["scheduler", "model", "sample", BEGINS[places], str(scaled), *extra])
         return ast.parse(f"sample = loop({arguments})").body[0]
 
 
-def partial_loop() -> None:
-    record.reasons.append(PART)
+def other_loop() -> None:
+    record.reasons.append(OTHER)
 
 
 def loop(
-    scheduler: Any, model: Callable[..., Tensor], sample: Tensor, scaled: bool, *extra: Any, **named: Any
+    scheduler: Any, model: Callable[..., Tensor], sample: Tensor, begin: int, scaled: bool, *extra: Any, **named: Any
 ) -> Tensor:
-    """The suite's loop, through the adapter. Raises GazeError for a scheduler that it refuses."""
+    """The suite's loop, from the timestep of number `begin` on, through the adapter. Raises GazeError for a scheduler
+    that it refuses."""
     record.driven += 1
     options = dict(zip(list(inspect.signature(scheduler.step).parameters)[3:], extra, strict=False)) | named
     schedule = NoiseSchedule.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
@@ -91,7 +97,7 @@ def loop(
     # The suite has one generator for all pictures of a batch.
     noise = PictureNoise([options.pop("generator", None) or torch.default_generator], sample.shape[1:])
     timesteps = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
-    sigmas = torch.cat([schedule.sigma(timesteps), torch.zeros(1, dtype=torch.float64)])
+    sigmas = torch.cat([schedule.sigma(timesteps), torch.zeros(1, dtype=torch.float64)])[begin:]
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         level = torch.tensor(sigma, dtype=torch.float64)
@@ -168,7 +174,7 @@ def load(path: Path) -> types.ModuleType:
     spec = importlib.util.spec_from_file_location(name, path, loader=Rewritten(name, str(path)))
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
-    vars(module).update(loop=loop, partial_loop=partial_loop)
+    vars(module).update(loop=loop, other_loop=other_loop)
     assert spec.loader is not None
     spec.loader.exec_module(module)
     return module
