@@ -182,6 +182,10 @@ class Autoencoder(nn.Module):
         """Write a `vae/` folder; dtype None keeps that of the parameters."""
         write_part(folder, self.config.to_diffusers(), self.state_dict(), dtype)
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """C, H and W of the latents of a picture of height x width pixels."""
+        return self.latent_channels, height // self.factor, width // self.factor
+
     def posterior(self, pixels_BCHW: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """Pixels in [-1, 1] -> mean and log-variance of the latents before scaling, each BCHW. tile: see `decode`."""
 

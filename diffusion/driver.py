@@ -22,7 +22,8 @@ from .errors import GazeError
 from .foreign import Foreign
 from .methods import Denoise, Step
 from .noise import FlowSchedule, NoiseSchedule, scaling
-from .samplers import PictureNoise, Trajectory
+from .samplers import PictureNoise, Trajectory, check_steps
+from .scheduler_config import FIXED
 
 
 def driven(
@@ -40,9 +41,7 @@ def driven(
     would fail or give noise.
     """
     _check_fit(name, row, scheduler, schedule)
-    total = len(schedule.sigmas_T)
-    if not 1 <= steps <= total:
-        raise GazeError(f"{steps} sampling steps: this model has 1 to {total}", "20 to 50 steps")
+    check_steps(steps, schedule)
     noise = PictureNoise([torch.Generator().manual_seed(0)], (1, 1, 1))
     try:
         scheduler.set_timesteps(steps)
@@ -69,9 +68,7 @@ def _check_fit(name: str, row: Foreign, scheduler: Any, schedule: NoiseSchedule)
     for option, supported in (
         ("prediction_type", row.outputs),
         ("use_flow_sigmas", (isinstance(schedule, FlowSchedule),)),
-        ("timestep_type", ("discrete",)),
-        ("invert_sigmas", (False,)),
-        ("scale_factors", (None,)),
+        *FIXED.items(),
     ):
         if config.get(option, supported[0]) not in supported:
             raise GazeError(f"{name} has {option} {config[option]!r}, which does not fit this model",

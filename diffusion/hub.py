@@ -25,10 +25,16 @@ def local_path(model: str | Path) -> Path:
 
     A path that is neither there nor like an id is given back. Raises GazeError when a model of the hub cannot be had.
     """
+    found = hub_id(model)
+    return Path(model) if found is None else _cached(*found) or _fetched(*found)
+
+
+def hub_id(model: str | Path) -> tuple[str, str | None] | None:
+    """The repository and the revision that an id on the hub names; None for a path, and for what is neither."""
     path, match = Path(model), ID.fullmatch(str(model))
     if path.exists() or match is None or path.suffix in (".safetensors", *PICKLE_SUFFIXES):
-        return path
-    return _cached(*match.groups()) or _fetched(*match.groups())
+        return None
+    return match[1], match[2]
 
 
 def _cached(repo: str, revision: str | None) -> Path | None:

@@ -81,6 +81,7 @@ PLAIN = {
     "alora_invocation_tokens": (None,),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),  # the others also change the model's weights
 }
+OTHER_STRUCTURE = "a LoRA for this model; those of Stable Diffusion 1.x, 2.x and XL differ"
 _numbers = itertools.count()  # of what is attached, so that names differ
 
 
@@ -218,7 +219,7 @@ def _no_place(key: str, entry: Entry, header: Header, networks: Mapping[str, nn.
         return GazeError(f"it holds no LoRA; its first tensor is {key}", "a LoRA; a whole model is opened as --model")
     parts = " and ".join(part for part in PARTS if part in networks)
     problem = f"it is of another structure: {key}, {list(entry.shape)}, is of no layer of this model's {parts}"
-    return GazeError(problem, "a LoRA for this model; those of Stable Diffusion 1.x, 2.x and XL differ")
+    return GazeError(problem, OTHER_STRUCTURE)
 
 
 def _check_shapes(layer: Any, name: str, keys: Mapping[str, str], tensors: Mapping[str, Entry]) -> None:
@@ -233,7 +234,7 @@ def _check_shapes(layer: Any, name: str, keys: Mapping[str, str], tensors: Mappi
         if _flat(entry.shape) != wanted:
             takes = ", ".join(map(str, ("r", *inputs) if role == "down" else wanted))
             problem = f"it is of another structure: {key} is {list(entry.shape)}, but {name} takes [{takes}]"
-            raise GazeError(problem, "a LoRA for this model; those of Stable Diffusion 1.x, 2.x and XL differ")
+            raise GazeError(problem, OTHER_STRUCTURE)
         if "F" not in entry.dtype:
             raise GazeError(f"{key} is {entry.dtype}", "a version that is not quantised")
     if "alpha" in keys and math.prod(tensors[keys["alpha"]].shape) != 1:

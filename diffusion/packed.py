@@ -13,6 +13,13 @@ KEPT = 8  # layouts per convolution: input sizes and versions of the weight in t
 MOST = 2**27  # bytes of weights; each layout takes as much again
 
 
+class Layouts(dict[tuple, Tensor]):
+    """By input shape and version of the weight. torch cannot copy them, so a copied network makes its own."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Layouts:
+        return Layouts()
+
+
 def pack(module: nn.Module, most: int = MOST) -> None:
     """Lets each plain convolution of `module` keep its weight in oneDNN's own layout, chosen by the input's shape.
 
@@ -27,10 +34,10 @@ def pack(module: nn.Module, most: int = MOST) -> None:
     if sum(layer.weight.nbytes for layer in plain) > most:
         return
     for convolution in plain:
-        convolution.forward = partial(_convolve, convolution, {})  # type: ignore[method-assign]
+        convolution.forward = partial(_convolve, convolution, Layouts())  # type: ignore[method-assign]
 
 
-def _convolve(convolution: nn.Conv2d, layouts: dict[tuple, Tensor], x_BCHW: Tensor) -> Tensor:
+def _convolve(convolution: nn.Conv2d, layouts: Layouts, x_BCHW: Tensor) -> Tensor:
     c = convolution
     geometry = (c.padding, c.stride, c.dilation, c.groups)
     fp32 = x_BCHW.dtype == c.weight.dtype == torch.float32 and x_BCHW.device.type == c.weight.device.type == "cpu"

@@ -130,8 +130,7 @@ class Sampler:
         """
         options, total = self._options(schedule), len(schedule.sigmas_T)
         of_timesteps, of_levels = self._spacings(options, spacing)
-        if not 1 <= steps <= total:
-            raise GazeError(f"{steps} sampling steps: this model has 1 to {total}", "20 to 50 steps")
+        check_steps(steps, schedule)
         points = steps + (self.spare and of_timesteps != "trailing")
         timesteps = spaced_timesteps(of_timesteps, total, points, options.get("steps_offset", 0))[:steps]
         sigmas = schedule.sigma(timesteps.round() if self.whole else timesteps)
@@ -168,6 +167,13 @@ class Sampler:
     def calls(self, steps: int) -> int:
         """How many times a run of `steps` steps to level 0 calls the denoiser."""
         return self.calls_per_step * (steps - 1) + 1
+
+
+def check_steps(steps: int, schedule: NoiseSchedule) -> None:
+    """Raises GazeError for fewer than one, or more than the model has timesteps."""
+    total = len(schedule.sigmas_T)
+    if not 1 <= steps <= total:
+        raise GazeError(f"{steps} sampling steps: this model has 1 to {total}", "20 to 50 steps")
 
 
 def flow_ramp(total: int, steps: int, shift: float) -> Tensor:
@@ -207,8 +213,7 @@ class FlowSampler(Sampler):
         if spacing not in (None, "linspace", *LEVEL_SPACINGS):
             raise GazeError(f"flow-matching models have no {spacing} spacing",
                             f"one of {', '.join([*LEVEL_SPACINGS, 'linear'])}")  # fmt: skip
-        if not 1 <= steps <= total:
-            raise GazeError(f"{steps} sampling steps: this model has 1 to {total}", "20 to 50 steps")
+        check_steps(steps, schedule)
         times = shifted(self.ramp(total, steps, shift), shift)
         terminal = options["shift_terminal"]
         if terminal is not None:

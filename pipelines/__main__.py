@@ -111,9 +111,9 @@ def retrieval(
             n,
             seed,
             steps,
-            cfg,
-            batch_size,
-            lambda done, total: advance(done / total),
+            guidance_scale=cfg,
+            batch=batch_size,
+            progress=lambda done, total: advance(done / total),
         )
     if as_json:
         print(json.dumps(report))
@@ -164,7 +164,7 @@ def benchmark(
 
 @app.command(short_help="Model folder <-> single file.")
 def convert(
-    source: Annotated[str, typer.Argument(metavar="IN", help="A model folder, or a .safetensors file.")],
+    source: Annotated[str, typer.Argument(metavar="IN", help="Model folder, hub id or .safetensors file.")],
     target: Annotated[str, typer.Argument(metavar="OUT", help="A .safetensors file, or a folder.")],
     tokenizer: TokenizerFolder = None,
     prediction_type: PredictionType = None,
@@ -188,7 +188,7 @@ def convert(
 def inspect(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Model folder or .safetensors file. [default: the shipped model]"),
+        typer.Argument(metavar="MODEL", help="Folder, .safetensors file or hub id. [default: the shipped model]"),
     ] = None,
     size: Size = None,
     prediction_type: PredictionType = None,

@@ -7,6 +7,7 @@ scheduler=euler;ddim:eta=1,steps_offset=1. A value in double quotes may hold bot
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,16 +35,8 @@ class Axis:
         return value if self.name in ("prompt", "replace") else f"{self.name} {value}"
 
 
-def _whole(name: str) -> Callable[[str], Settings]:
-    return lambda value: {name: int(value)}
-
-
-def _number(name: str) -> Callable[[str], Settings]:
-    return lambda value: {name: float(value)}
-
-
-def _text(name: str) -> Callable[[str], Settings]:
-    return lambda value: {name: value}
+def _one(name: str, kind: Callable[[str], Any] = str) -> Callable[[str], Settings]:
+    return lambda value: {name: kind(value)}
 
 
 def _size(value: str) -> Settings:
@@ -52,17 +45,17 @@ def _size(value: str) -> Settings:
 
 # By name, what a value sets. "replace" is not here: what it sets depends on the prompt.
 AXES: dict[str, Callable[[str], Settings]] = {
-    "apg": lambda value: {"projected_guidance": {"on": True, "off": False}[value]},
-    "cfg": _number("guidance_scale"),
-    "guidance-interval": lambda value: {"guidance_interval": interval_of(value)},
-    "guidance-rescale": _number("guidance_rescale"),
-    "negative-prompt": _text("negative_prompt"),
-    "prompt": _text("prompt"),
-    "scheduler": _text("scheduler"),
-    "seed": _whole("seed"),
+    "apg": _one("projected_guidance", {"on": True, "off": False}.__getitem__),
+    "cfg": _one("guidance_scale", float),
+    "guidance-interval": _one("guidance_interval", interval_of),
+    "guidance-rescale": _one("guidance_rescale", float),
+    "negative-prompt": _one("negative_prompt"),
+    "prompt": _one("prompt"),
+    "scheduler": _one("scheduler"),
+    "seed": _one("seed", int),
     "size": _size,
-    "spacing": _text("spacing"),
-    "steps": _whole("num_inference_steps"),
+    "spacing": _one("spacing"),
+    "steps": _one("num_inference_steps", int),
 }
 KINDS = {"apg": "on or off", "cfg": "a number", "guidance-rescale": "a number from 0 to 1"}
 KINDS |= dict.fromkeys(("seed", "steps"), "a whole number")
@@ -106,9 +99,7 @@ def cells(settings: Settings, axes: Sequence[Axis]) -> list[Settings]:
     for name in names:
         if names.count(name) > 1:
             raise GazeError(f"two axes vary {name}", "one axis with all its values")
-    count = 1
-    for axis in axes:
-        count *= len(axis.values)
+    count = math.prod(len(axis.values) for axis in axes)
     if count > MOST_CELLS:
         raise GazeError(f"the grid has {count} cells", f"at most {MOST_CELLS}")
     made = []

@@ -91,9 +91,8 @@ def compare(
         width=width,
     )
     plan = gaze.plan(request)
-    autoencoder = gaze.model.autoencoder
-    shape = (1, autoencoder.latent_channels, plan.height // autoencoder.factor, plan.width // autoencoder.factor)
-    latents_BCHW = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    shape = gaze.model.autoencoder.latent_shape(plan.height, plan.width)
+    latents_BCHW = torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))
     peer = _open_with_diffusers(folder, scheduler)
     options: dict[str, Any] = {
         "num_inference_steps": num_inference_steps,

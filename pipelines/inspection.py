@@ -44,7 +44,7 @@ def inspect(
     with torch.device("meta"):
         unet, vae = UNet(structure.unet), Autoencoder(structure.vae)
     height, width = picture_size(structure.unet.sample_size, vae.factor, height, width)
-    latents = (height // vae.factor, width // vae.factor)
+    latents = vae.latent_shape(height, width)[1:]
     tokens = structure.texts["text_encoder"].max_position_embeddings
     shapes = structure.shapes()
     parameters = {part: sum(map(_size, part_shapes.values())) for part, part_shapes in shapes.items()}

@@ -25,11 +25,11 @@ def _set_debug(wanted: bool) -> None:
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ModelFolder = Annotated[
-    str | None, typer.Option("--model", metavar="FOLDER", help="A diffusers model folder. [default: the shipped model]")
+    str | None, typer.Option("--model", metavar="FOLDER", help="Model folder or hub id. [default: the shipped model]")
 ]
 ModelPath = Annotated[
     str | None,
-    typer.Option("--model", metavar="PATH", help="Model folder or .safetensors file. [default: the shipped model]"),
+    typer.Option("--model", metavar="PATH", help="Folder, .safetensors file or hub id. [default: the shipped model]"),
 ]
 TokenizerFolder = Annotated[
     str | None,

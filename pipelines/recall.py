@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -89,4 +88,8 @@ def recall(path: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _may_exist(model: str) -> bool:
-    return model == SHIPPED or re.fullmatch(r"[\w.-]+/[\w.-]+", model) is not None or Path(model).exists()
+    if model == SHIPPED or Path(model).exists():
+        return True
+    from diffusion.hub import hub_id  # imports torch, which is not needed to say what a PNG holds
+
+    return hub_id(model) is not None

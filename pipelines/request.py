@@ -127,7 +127,7 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
         height, width = picture_size(model.unet.config.sample_size, factor, request.height, request.width)
     else:
         height, width = picture.pixels_BCHW.shape[-2:]
-    expected = (total, model.autoencoder.latent_channels, height // factor, width // factor)
+    expected = (total, *model.autoencoder.latent_shape(height, width))
     if request.latents is not None and tuple(request.latents.shape) != expected:
         raise GazeError(
             f"latents are {tuple(request.latents.shape)}, but {total} pictures of {height}x{width} take {expected}",

@@ -181,7 +181,8 @@ class TextToImage:
     @torch.inference_mode()
     def _run(self, plan: Plan) -> Iterator[Preview]:
         generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds]
-        noise = PictureNoise(generators, self._latent_shape(plan.height, plan.width), self.device)
+        shape = self.model.autoencoder.latent_shape(plan.height, plan.width)
+        noise = PictureNoise(generators, shape, self.device)
         begin = self._start(plan, noise)
         with ExitStack() as stack:
             for text in self.model.texts.values():
@@ -220,12 +221,12 @@ class TextToImage:
             max(chunks(prompt), chunks(negative) if guided else 1)
             for prompt, negative in zip(plan.prompts, plan.negative_prompts, strict=True)
         ]
+        model, sigmas = self.model, plan.trajectory.sigmas[plan.first :]
         for length in sorted(set(lengths)):
-            rows = [row for row, chunks in enumerate(lengths) if chunks == length]
+            rows = [row for row, own in enumerate(lengths) if own == length]
             condition = self._encode(plan, [plan.prompts[row] for row in rows], length)
             empty = self._encode(plan, [plan.negative_prompts[row] for row in rows], length) if guided else None
             beside = None if beside_BCHW is None else beside_BCHW[rows]
-            model, sigmas = self.model, plan.trajectory.sigmas[plan.first :]
             parts.append((rows, Denoiser(model.unet, model.schedule, condition, empty, plan.guidance, sigmas, beside)))
         if len(parts) == 1:
             return parts[0][1]
@@ -244,7 +245,3 @@ class TextToImage:
         readings = [None if prompt is None else plan.readings[prompt] for prompt in distinct]
         condition = self.model.encode(readings, plan.sizes, chunks)
         return condition.pick([distinct.index(prompt) for prompt in prompts])
-
-    def _latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        autoencoder = self.model.autoencoder
-        return autoencoder.latent_channels, height // autoencoder.factor, width // autoencoder.factor

@@ -1,10 +1,45 @@
-"""What tests of the command line share."""
+"""What tests share: a small model, and the command line."""
 
 import sys
 
 import pytest
+import torch
 
+from pipelines import TextToImage
 from pipelines.__main__ import main
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """The folder of `small_pipeline`; no test changes it."""
+    from transformers.utils.logging import disable_progress_bar  # slow to import, and most tests do without
+
+    from tests.small_pipeline import small_pipeline
+
+    disable_progress_bar()  # main() does, but only for a process that has not imported transformers yet
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    small_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(folder):
+    """As the command line takes it."""
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def pipe(folder):
+    return TextToImage.from_pretrained(folder)
+
+
+@pytest.fixture
+def one_core():
+    """16 threads that each want all cores take a minute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -13,24 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import TextToImage
 from pipelines.batch import draw, previewer
-from tests.small_pipeline import SIZE, small_pipeline
+from tests.small_pipeline import SIZE
 
 ROOT = Path(__file__).resolve().parent.parent
 FEW = {"num_inference_steps": 2, "model": "here"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return TextToImage.from_pretrained(folder)
 
 
 @pytest.fixture

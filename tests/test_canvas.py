@@ -6,9 +6,8 @@ import torch
 from PIL import Image
 
 from diffusion.errors import GazeError
-from pipelines import TextToImage
 from pipelines.images import to_tensor
-from tests.small_pipeline import SIZE, small_pipeline
+from tests.small_pipeline import SIZE
 
 FEW = {"num_inference_steps": 4, "guidance_scale": 3.0, "seed": 0}
 
@@ -21,13 +20,6 @@ def mask(width=SIZE, height=SIZE):
     levels = np.zeros((height, width), np.uint8)
     levels[:, width // 2 :] = 255
     return Image.fromarray(levels)
-
-
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
-    return TextToImage.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("strength", [0.5, 1.0])

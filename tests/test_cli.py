@@ -11,21 +11,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from transformers.utils.logging import disable_progress_bar
 
 from pipelines.files import plan_paths, slug
 from pipelines.png import read_settings
-from tests.small_pipeline import small_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    disable_progress_bar()  # main() does, but only for a process that has not imported transformers yet
-    folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 def pixels(path):
@@ -245,10 +235,13 @@ def test_version_and_help(gaze):
 
 
 def test_ctrl_c_ends_quietly(model, tmp_path):
-    command = [sys.executable, "-m", "pipelines", "generate", "cat", "--model", model, "--steps", "500", "-n", "64"]
+    words = ["generate", "cat", "--model", model, "--steps", "500", "-n", "64", "--preview", "now.png"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "pipelines", *words]
     running = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    time.sleep(2)
+    while not (tmp_path / "now.png").exists():
+        assert running.poll() is None
+        time.sleep(0.05)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=60)
     assert running.returncode == 130

@@ -13,14 +13,6 @@ from diffusion.errors import GazeError
 from pipelines.axes import MOST_CELLS, Axis, cells, read_axis, split
 from pipelines.png import read_settings
 from pipelines.sheet import table
-from tests.small_pipeline import small_pipeline
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 def places(sheet, colours):

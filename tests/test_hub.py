@@ -17,17 +17,9 @@ from diffusion.errors import GazeError
 from diffusion.hub import local_path, wanted
 from diffusion.pretrained import load_model
 from pipelines.inspection import inspect
-from tests.small_pipeline import small_pipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHER = "f" * 40
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    small_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -44,14 +36,14 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def put(cache, saved, repo="owner/name", commit=COMMIT, refs=("main",)):
+def put(cache, folder, repo="owner/name", commit=COMMIT, refs=("main",)):
     """Blobs by their sum, snapshots that point to them, and references to the snapshots."""
     place = cache / repo_folder_name(repo_id=repo, repo_type="model")
-    for number, path in enumerate(sorted(path for path in saved.rglob("*") if path.is_file())):
+    for number, path in enumerate(sorted(path for path in folder.rglob("*") if path.is_file())):
         blob = place / "blobs" / f"{commit[:8]}{number}"
         blob.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, blob)
-        link = place / "snapshots" / commit / path.relative_to(saved)
+        link = place / "snapshots" / commit / path.relative_to(folder)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(os.path.relpath(blob, link.parent))
     for ref in refs:
@@ -67,18 +59,18 @@ def refusal(action, *arguments):
     return str(error.value)
 
 
-def test_a_cached_model_opens_without_network(cache, saved):
-    snapshot = put(cache, saved)
-    other = put(cache, saved, commit=OTHER, refs=("v1.5",))
+def test_a_cached_model_opens_without_network(cache, folder):
+    snapshot = put(cache, folder)
+    other = put(cache, folder, commit=OTHER, refs=("v1.5",))
     assert local_path("owner/name") == local_path("owner/name@main") == local_path(f"owner/name@{COMMIT}") == snapshot
     assert local_path("owner/name@v1.5") == other
-    assert load_model("owner/name").unet.config == load_model(saved).unet.config
-    assert inspect("owner/name")["parameters"] == inspect(saved)["parameters"]
+    assert load_model("owner/name").unet.config == load_model(folder).unet.config
+    assert inspect("owner/name")["parameters"] == inspect(folder)["parameters"]
 
 
-def test_paths_that_exist_win(cache, saved, tmp_path):
-    put(cache, saved)
-    shutil.copytree(saved, tmp_path / "owner" / "name")
+def test_paths_that_exist_win(cache, folder, tmp_path):
+    put(cache, folder)
+    shutil.copytree(folder, tmp_path / "owner" / "name")
     assert local_path("owner/name") == Path("owner/name")
     for path in ("nowhere", "a/b/c", "/owner/name", "./owner/none", "../owner/none", "owner/..", "owner/a.safetensors"):
         assert local_path(path) == Path(path)
@@ -87,8 +79,8 @@ def test_paths_that_exist_win(cache, saved, tmp_path):
         assert "does not exist" in refusal(load_model, path)
 
 
-def test_a_process_without_network_uses_the_cache_and_says_what_is_not_there(cache, saved, tmp_path):
-    put(tmp_path / "home" / "hub", saved)
+def test_a_process_without_network_uses_the_cache_and_says_what_is_not_there(cache, folder, tmp_path):
+    put(tmp_path / "home" / "hub", folder)
     code = """
 import sys
 from diffusion.errors import GazeError
@@ -124,9 +116,9 @@ for name in ("owner/none", "owner/name@v2"):
 class Hub:
     """A hub of one model. names: of its files; error: what it answers instead."""
 
-    def __init__(self, monkeypatch, cache, saved, error=None, extra=()):
-        self.cache, self.saved, self.error, self.patterns = cache, saved, error, None
-        files = [str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()]
+    def __init__(self, monkeypatch, cache, folder, error=None, extra=()):
+        self.cache, self.folder, self.error, self.patterns = cache, folder, error, None
+        files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         self.siblings = [SimpleNamespace(rfilename=name) for name in [*files, *extra]]
         monkeypatch.setattr("huggingface_hub.HfApi.model_info", self.model_info)
         snapshot = huggingface_hub.snapshot_download
@@ -135,7 +127,7 @@ class Hub:
             if local_files_only:
                 return snapshot(repo, revision=revision, local_files_only=True, allow_patterns=allow_patterns)
             self.patterns = allow_patterns
-            return str(put(cache, saved, repo, refs=(revision or "main",)))
+            return str(put(cache, folder, repo, refs=(revision or "main",)))
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
 
@@ -145,21 +137,21 @@ class Hub:
         return SimpleNamespace(siblings=self.siblings, sha=COMMIT)
 
 
-def test_a_model_is_fetched_once_and_only_what_is_read(cache, saved, monkeypatch):
+def test_a_model_is_fetched_once_and_only_what_is_read(cache, folder, monkeypatch):
     pickles = ["unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "model.ckpt", "run.py"]
     others = ["v1-5.safetensors", "README.md", "safety_checker/model.safetensors", "unet/x.onnx", "unet/model.py"]
     variants = ["unet/diffusion_pytorch_model.fp16.safetensors", "unet/diffusion_pytorch_model.non_ema.safetensors"]
-    hub = Hub(monkeypatch, cache, saved, extra=[*pickles, *others, *variants, "unet/*", "unet/[a].json"])
+    hub = Hub(monkeypatch, cache, folder, extra=[*pickles, *others, *variants, "unet/*", "unet/[a].json"])
     assert local_path("owner/name@v2") == cache / "models--owner--name" / "snapshots" / COMMIT
-    assert set(hub.patterns) == {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    assert set(hub.patterns) == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     hub.error = AssertionError("asked again")
-    assert load_model("owner/name@v2").unet.config == load_model(saved).unet.config
+    assert load_model("owner/name@v2").unet.config == load_model(folder).unet.config
 
 
-def test_what_a_cut_off_download_left_is_not_taken_for_a_model(cache, saved, monkeypatch):
-    hub = Hub(monkeypatch, cache, saved, ConnectionError("no route"))
+def test_what_a_cut_off_download_left_is_not_taken_for_a_model(cache, folder, monkeypatch):
+    hub = Hub(monkeypatch, cache, folder, ConnectionError("no route"))
     for missing in ("unet/diffusion_pytorch_model.safetensors", "vae/config.json", "model_index.json"):
-        snapshot = put(cache, saved)
+        snapshot = put(cache, folder)
         (snapshot / missing).unlink()
         assert "cannot be fetched (ConnectionError: no route)" in refusal(local_path, "owner/name")
         shutil.rmtree(cache)
@@ -200,14 +192,14 @@ def answer(kind):
         (ValueError("of a library"), "cannot be fetched (ValueError: of a library)", "or a network"),
     ],
 )
-def test_what_the_hub_does_not_give_is_named(cache, saved, monkeypatch, error, says, hint):
-    Hub(monkeypatch, cache, saved, error)
+def test_what_the_hub_does_not_give_is_named(cache, folder, monkeypatch, error, says, hint):
+    Hub(monkeypatch, cache, folder, error)
     said = refusal(load_model, "owner/name@v2")
     assert says in said
     assert hint in said
 
 
-def test_a_model_that_is_no_folder_of_diffusers_is_named(cache, saved, monkeypatch, tmp_path):
+def test_a_model_that_is_no_folder_of_diffusers_is_named(cache, folder, monkeypatch, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps({}))
     hub = Hub(monkeypatch, cache, tmp_path / "other")

@@ -22,7 +22,6 @@ from pipelines.png import read_settings, save_png
 from pipelines.recall import TYPES, recall
 from pipelines.text_to_image import Request
 from tests.random_lora import flat, random_lora
-from tests.small_pipeline import small_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 # Every setting, by the options that ask for it.
@@ -53,13 +52,6 @@ for name in sys.argv[1:]:
     sys.argv = ["gaze", "generate", "--like", name + ".png", "-o", "again-" + name + ".png"]
     app(standalone_mode=False)
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
-    return str(folder)
 
 
 def pixels(path):
@@ -170,6 +162,15 @@ def test_a_sheet_and_a_missing_model_are_named(gaze, model):
     assert gaze("generate", "--like", "a.png", "-o", "b.png", "--model", model)[0] == 0
     save_png(Image.new("RGB", (8, 8)), "a.png", {"prompt": "cat", "guidance_interval": [{}, 1]})
     assert "guidance_interval" in gaze("generate", "--like", "a.png", "--model", model)[2]
+
+
+def test_a_model_of_the_hub_is_taken_again(gaze):
+    for model in ("owner/name", "owner/name@v1.5"):
+        save_png(Image.new("RGB", (8, 8)), "a.png", {"prompt": "cat", "model": model})
+        assert recall("a.png", {}) == {"prompt": "cat", "model": model}
+    save_png(Image.new("RGB", (8, 8)), "a.png", {"prompt": "cat", "model": "owner/gone.safetensors"})
+    with pytest.raises(GazeError, match=r"'owner/gone.safetensors', which does not exist here"):
+        recall("a.png", {})
 
 
 NUMBERS = st.integers(-3, 60) | st.integers(-3, 2**70) | st.floats(allow_nan=False, allow_infinity=False)

@@ -16,16 +16,8 @@ from diffusion.unet import UNet, UNetConfig
 from pipelines import TextToImage
 from tests.narrow_models import UNETS
 from tests.random_lora import flat, layers_of, random_lora
-from tests.small_pipeline import small_pipeline
 
 PARTS = ("unet", "text_encoder")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -62,10 +62,11 @@ def test_a_large_network_is_left_as_it_is():
 def test_a_copy_is_a_network_of_its_own():
     network = _network()
     pack(network)
-    twin = copy.deepcopy(network)
     x = torch.randn(1, 4, 16, 16)
     with torch.no_grad():
         before = network(x)
+        twin = copy.deepcopy(network)
+        assert torch.equal(twin(x), before)
         twin[0].weight.zero_()
         assert torch.equal(network(x), before)
         assert not torch.equal(twin(x), before)

@@ -14,16 +14,8 @@ from torch import nn
 from diffusion.errors import GazeError
 from diffusion.placement import check_dtype, visiting
 from pipelines import TextToImage
-from tests.small_pipeline import small_pipeline
 
 META = torch.device("meta")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    small_pipeline().save_pretrained(folder)
-    return folder
 
 
 def network():

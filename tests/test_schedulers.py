@@ -34,18 +34,6 @@ MIXED = [
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def pipe(folder):
-    return TextToImage.from_pretrained(folder)
-
-
-@pytest.fixture(scope="module")
 def theirs():
     return small_pipeline()
 
@@ -144,15 +132,6 @@ def test_guidance_and_batches_are_those_of_any_sampler(pipe):
         assert difference(alone, together.pixels_BCHW[1:].clamp(-1, 1)) < 1e-4
         off = pipe("dog", scheduler=scheduler, **FEW | {"seed": 6, "guidance_scale": 1})
         assert difference(off, alone.pixels_BCHW.clamp(-1, 1)) > 0.01
-
-
-@pytest.fixture
-def one_core():
-    """16 threads that each want all cores take a minute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_core")

@@ -10,16 +10,9 @@ from diffusion.errors import GazeError
 from diffusion.text import MOST_CHUNKS
 from pipelines import TextToImage
 from pipelines.images import to_tensor
-from tests.small_pipeline import LATENTS, SIZE, WINDOW, small_pipeline
+from tests.small_pipeline import LATENTS, SIZE, WINDOW
 
 FEW = {"num_inference_steps": 4, "guidance_scale": 3.0, "seed": 0}
-
-
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    small_pipeline().save_pretrained(folder)
-    return TextToImage.from_pretrained(folder)
 
 
 @pytest.fixture

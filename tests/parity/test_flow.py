@@ -319,7 +319,7 @@ def test_the_shift_of_a_model_is_known_to_every_class():
         (diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True, **SOLVER), "levels out of range"),
         (diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "invert_sigmas True"),
         (diffusers.FlowMatchLCMScheduler(scale_factors=[0.5]), r"scale_factors \[0.5\]"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "`mu` must be passed"),
+        (diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), "use_dynamic_shifting True"),
         (diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=500), "other noise levels"),
         ("dpmsolver++:prediction_type=epsilon", "prediction_type 'epsilon'"),
         ("dpmsolver++:use_flow_sigmas=false", "use_flow_sigmas False"),

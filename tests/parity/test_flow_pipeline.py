@@ -106,14 +106,6 @@ def test_previews_and_batches(pipe):
     assert (alone.pixels_BCHW - previews[-1].result().pixels_BCHW[1:]).abs().max() < 1e-4
 
 
-@pytest.fixture
-def one_core():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.usefixtures("one_core")
 def test_threads_with_mixed_schedulers_give_the_pictures_of_one(pipe):
     names = ["euler", "heun:s_churn=3", "unipc", "lcm", "deis", "sde-dpmsolver++", "FlowMatchHeunDiscreteScheduler"]
