@@ -29,6 +29,12 @@ def local_path(model: str | Path) -> Path:
     return Path(model) if found is None else _cached(*found) or _fetched(*found)
 
 
+def cached_path(model: str | Path) -> Path | None:
+    """The cached copy that an id on the hub names, if there is one whole."""
+    found = hub_id(model)
+    return None if found is None else _cached(*found)
+
+
 def hub_id(model: str | Path) -> tuple[str, str | None] | None:
     """The repository and the revision that an id on the hub names; None for a path, and for what is neither."""
     path, match = Path(model), ID.fullmatch(str(model))

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffusion.errors import GazeError
 from diffusion.samplers import Denoise, Step
 
+from .checks import picture_size
 from .images import open_picture, to_rgb, to_tensor
 
 STRENGTH = 0.8  # diffusers' default; with a mask it is 1
@@ -57,8 +58,8 @@ def canvas(image: Any, mask: Any, strength: Any, height: int | None, width: int 
         strength = STRENGTH if mask is None else 1.0
     if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
         raise GazeError(f"strength is {strength!r}", "above 0 (almost the picture) to 1 (all noise)")
-    asked = zip(("width", "height"), picture.size, (width, height), strict=True)
-    size = tuple(_side(name, own // factor * factor if side is None else side, factor) for name, own, side in asked)
+    height, width = picture_size((picture.height // factor, picture.width // factor), factor, height, width)
+    size = (width, height)
     noted = {"image": file, "strength": float(strength)}
     mask_BCHW = None
     if mask is not None:
@@ -72,12 +73,6 @@ def canvas(image: Any, mask: Any, strength: Any, height: int | None, width: int 
     return Canvas(to_tensor(_resized(picture, size)), mask_BCHW, float(strength), noted)
 
 
-def _side(name: str, side: Any, factor: int) -> int:
-    if isinstance(side, bool) or not isinstance(side, int) or side < factor or side % factor:
-        raise GazeError(f"{name} is {side!r}; this model makes multiples of {factor}", f"{name}={8 * factor}")
-    return side
-
-
 def _opened(name: str, picture: Any) -> tuple[Image.Image, str | None]:
     """A picture in RGB, and the name of its file."""
     if isinstance(picture, str | Path):
@@ -87,8 +82,8 @@ def _opened(name: str, picture: Any) -> tuple[Image.Image, str | None]:
     return to_rgb(picture), getattr(picture, "filename", "") or None
 
 
-def _resized(picture: Image.Image, size: tuple[int, ...]) -> Image.Image:
-    return picture if picture.size == size else picture.resize((size[0], size[1]), Image.Resampling.LANCZOS)
+def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from diffusion.noise import NoiseSchedule
 from diffusion.single_file import open_single_file
 from diffusion.unet import UNet
 
-from .request import picture_size
+from .checks import picture_size
 from .text_to_image import DEFAULT_MODEL
 
 BYTES = {"float32": 4, "bfloat16": 2}

@@ -82,14 +82,18 @@ def recall(path: str, given: dict[str, Any]) -> dict[str, Any]:
             raise GazeError(f"{path} says lora {lora!r:.100}, which cannot be", A_PICTURE_OF_OURS)
     if "model" in given:
         found = {name: value for name, value in found.items() if name not in OF_MODEL}
-    elif not _may_exist(found.get("model", SHIPPED)):
-        raise GazeError(f"{path} was drawn with {found['model']!r:.200}, which does not exist here", "--model PATH")
+    elif not _is_here(found.get("model", SHIPPED)):
+        raise GazeError(
+            f"{path} was drawn with {found['model']!r:.200}, which is not here",
+            "--model PATH; an id on the hub given there is fetched",
+        )
     return {**found, **given}
 
 
-def _may_exist(model: str) -> bool:
+def _is_here(model: str) -> bool:
+    """Whether it can be opened without a download, which nobody asked for who repeats a stranger's picture."""
     if model == SHIPPED or Path(model).exists():
         return True
-    from diffusion.hub import hub_id  # imports torch, which is not needed to say what a PNG holds
+    from diffusion.hub import cached_path  # imports torch, which is not needed to say what a PNG holds
 
-    return hub_id(model) is not None
+    return cached_path(model) is not None

@@ -23,6 +23,7 @@ from diffusion.schedulers import prepare
 from diffusion.text import Readings
 
 from .canvas import Canvas, canvas
+from .checks import MOST, first, interval, number, picture_size, texts, two, whole
 
 Picture = Image.Image | str | Path
 
@@ -100,25 +101,25 @@ class Plan:
 def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = ()) -> Plan:
     """Checks a request and fills in the model's defaults. loras: what is loaded. Raises GazeError."""
     defaults = model.defaults
-    prompts = _texts("prompt", request.prompt)
+    prompts = texts("prompt", request.prompt)
     none = None if model.zeros else ""
-    negatives = [none] if request.negative_prompt is None else _texts("negative_prompt", request.negative_prompt)
+    negatives = [none] if request.negative_prompt is None else texts("negative_prompt", request.negative_prompt)
     if len(negatives) not in (1, len(prompts)):
         raise GazeError(f"{len(prompts)} prompts have {len(negatives)} negative prompts", "one for all, or one each")
     negatives = negatives * (len(prompts) // len(negatives))
-    count = _whole("num_images", request.num_images, 1)
-    total = len(prompts) * count
-    steps = _first(request.num_inference_steps, defaults.get("num_inference_steps"), 50)
-    scheduler = _first(request.scheduler, defaults.get("scheduler"), model.scheduler)
-    trajectory = prepare(scheduler, model.schedule, _whole("num_inference_steps", steps, 1), request.spacing)
+    count = whole("num_images", request.num_images, 1, MOST)
+    total = whole("the number of pictures", len(prompts) * count, 1, MOST)
+    steps = first(request.num_inference_steps, defaults.get("num_inference_steps"), 50)
+    scheduler = first(request.scheduler, defaults.get("scheduler"), model.scheduler)
+    trajectory = prepare(scheduler, model.schedule, whole("num_inference_steps", steps, 1), request.spacing)
     guidance = Guidance(
-        _number("guidance_scale", _first(request.guidance_scale, defaults.get("guidance_scale"), 7.5)),
-        _number("guidance_rescale", request.guidance_rescale),
-        _interval(request.guidance_interval),
+        number("guidance_scale", first(request.guidance_scale, defaults.get("guidance_scale"), 7.5)),
+        number("guidance_rescale", request.guidance_rescale),
+        interval(request.guidance_interval),
         request.projected_guidance,
     )
     drawn = random.SystemRandom().randrange(2**32) if request.seed is None else request.seed
-    seed = _whole("seed", drawn, 0, 2**63 - total)
+    seed = whole("seed", drawn, 0, 2**63 - total)
     factor = model.autoencoder.factor
     picture = canvas(request.image, request.mask_image, request.strength, request.height, request.width, factor)
     if model.inpaints and (picture is None or picture.mask_BCHW is None):
@@ -160,26 +161,6 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
     )
 
 
-def picture_size(
-    trained: int | tuple[int, int] | None, factor: int, height: int | None, width: int | None
-) -> tuple[int, int]:
-    """Height and width in pixels: asked for, else those the model was trained at, which are given as latents.
-
-    Raises GazeError when neither is known, and for a side that the factor does not divide.
-    """
-    own = trained if isinstance(trained, tuple) else (trained, trained)
-    sides = []
-    for name, asked, latent in zip(("height", "width"), (height, width), own, strict=True):
-        side = asked if asked is not None or latent is None else latent * factor
-        if side is None:
-            raise GazeError(f"this model does not say its picture size, and no {name} was given", f"{name}=512")
-        if _whole(name, side, 1) % factor:
-            below, above = max(side // factor, 1) * factor, (side // factor + 1) * factor
-            raise GazeError(f"{name} is {side}; this model makes multiples of {factor}", f"{below} or {above}")
-        sides.append(side)
-    return sides[0], sides[1]
-
-
 def _noted(trajectory: Trajectory, guidance: Guidance, height: int, width: int) -> dict[str, Any]:
     noted: dict[str, Any] = {
         "scheduler": trajectory.name,
@@ -206,48 +187,9 @@ def _sizes(model: Model, request: Request, height: int, width: int) -> tuple[lis
         "crops_coords_top_left": request.crops_coords_top_left,
         "target_size": request.target_size,
     }
-    pairs = {name: _two(name, pair) for name, pair in asked.items() if pair is not None}
-    told = {name: [_whole(name, number, 0, 2**20) for number in pair] for name, pair in pairs.items()}
+    pairs = {name: two(name, pair) for name, pair in asked.items() if pair is not None}
+    told = {name: [whole(name, number, 0, 2**20) for number in pair] for name, pair in pairs.items()}
     if told and model.text_2 is None:
         raise GazeError(f"{next(iter(told))} was given, but this model is not told sizes", "leave it out")
     own = {"original_size": [height, width], "crops_coords_top_left": [0, 0], "target_size": [height, width]}
     return [number for pair in (own | told).values() for number in pair], told
-
-
-def _first(*values: Any) -> Any:
-    """The first that is not None."""
-    return next(value for value in values if value is not None)
-
-
-def _whole(name: str, value: Any, least: int, most: int = 2**63) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        limit = "" if most == 2**63 else f" and at most {most}"
-        raise GazeError(f"{name} is {value!r}", f"a whole number, at least {least}{limit}")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise GazeError(f"{name} is {value!r}", "a number; guidance_scale 1 turns guidance off")
-    return float(value)
-
-
-def _two(name: str, value: Any) -> Sequence[Any]:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        raise GazeError(f"{name} is {value!r}", "two numbers, such as (512, 768)")
-    return value
-
-
-def _interval(value: Any) -> tuple[float, float]:
-    ends = [None, None] if value is None else value if isinstance(value, list | tuple) else []
-    if len(ends) != 2 or any(isinstance(end, bool) or not isinstance(end, int | float | None) for end in ends):
-        raise GazeError(f"guidance_interval is {value!r}", "two noise levels, the lower first, such as (0.2, 5)")
-    low, high = (whole if end is None else float(end) for end, whole in zip(ends, Guidance.interval, strict=True))
-    return low, high
-
-
-def _texts(name: str, value: Any) -> list[Any]:
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else [value]
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise GazeError(f"{name} is {value!r}", "a text or a list of texts")
-    return texts

@@ -158,18 +158,25 @@ def test_a_sheet_and_a_missing_model_are_named(gaze, model):
     assert "sheet of 3 pictures" in gaze("generate", "--like", "sheet.png")[2]
     save_png(Image.new("RGB", (8, 8)), "a.png", {"prompt": "cat", "model": "/gone/model", "num_inference_steps": 1})
     code, _, err = gaze("generate", "--like", "a.png", "-o", "b.png")
-    assert (code, "'/gone/model', which does not exist here" in err, "--model PATH" in err) == (1, True, True)
+    assert (code, "'/gone/model', which is not here" in err, "--model PATH" in err) == (1, True, True)
     assert gaze("generate", "--like", "a.png", "-o", "b.png", "--model", model)[0] == 0
     save_png(Image.new("RGB", (8, 8)), "a.png", {"prompt": "cat", "guidance_interval": [{}, 1]})
     assert "guidance_interval" in gaze("generate", "--like", "a.png", "--model", model)[2]
 
 
-def test_a_model_of_the_hub_is_taken_again(gaze):
+def test_a_model_of_the_hub_is_taken_again_from_the_cache_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cached = []
+    monkeypatch.setattr("diffusion.hub._cached", lambda repo, revision: Path("cache") if repo in cached else None)
+    monkeypatch.setattr("diffusion.hub._fetched", lambda *_: pytest.fail("nobody asked for a download"))
     for model in ("owner/name", "owner/name@v1.5"):
         save_png(Image.new("RGB", (8, 8)), "a.png", {"prompt": "cat", "model": model})
-        assert recall("a.png", {}) == {"prompt": "cat", "model": model}
+        with pytest.raises(GazeError, match=f"'{model}', which is not here"):
+            recall("a.png", {})
+    cached.append("owner/name")
+    assert recall("a.png", {}) == {"prompt": "cat", "model": "owner/name@v1.5"}
     save_png(Image.new("RGB", (8, 8)), "a.png", {"prompt": "cat", "model": "owner/gone.safetensors"})
-    with pytest.raises(GazeError, match=r"'owner/gone.safetensors', which does not exist here"):
+    with pytest.raises(GazeError, match=r"'owner/gone.safetensors', which is not here"):
         recall("a.png", {})
 
 
