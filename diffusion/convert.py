@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from .files import (
     write_json,
     write_part,
 )
-from .header import Entry, Header
+from .header import Entry, Header, refuse_pickle
 from .hub import local_path
 from .noise import NoiseSchedule
 from .original_names import to_original
 from .pretrained import model_index
-from .single_file import open_single_file, tokenizer_of
+from .single_file import PAD, open_single_file, tokenizer_of
 from .structure import SD1, SD2, SDXL, Structure, layout, recognise
+from .tokenizer import Tokenizer
 from .unet import UNetConfig
 
 SUFFIX = ".safetensors"
@@ -55,12 +57,13 @@ def convert(
     a target that cannot be written; nothing is left half-written then.
     """
     source, target = local_path(source), Path(target)
-    if not source.exists():
+    refuse_pickle(source)
+    if not os.path.exists(source):
         raise GazeError(f"model {str(source)!r} does not exist", "check the path")
     read = [source.resolve()] + ([] if tokenizer is None else [Path(tokenizer).resolve()])
     if any(target.resolve() in (path, *path.parents) for path in read):
         raise GazeError(f"{target} holds what is converted, and would replace it", "another place to write to")
-    same = target.exists() and target.is_dir() == source.is_dir()
+    same = os.path.exists(target) and target.is_dir() == source.is_dir()
     if same or source.is_dir() != (target.suffix == SUFFIX):
         wanted = f"a file's name that ends in {SUFFIX}" if source.is_dir() else "a folder's name"
         raise GazeError(f"{source} cannot become {target}: what is written must be the other of the two", wanted)
@@ -93,7 +96,7 @@ def _to_folder(
 def _to_file(source: Path, target: Path, prediction_type: str | None, dtype: torch.dtype | None) -> Structure:
     structure = read_structure(source, prediction_type)
     places = layout(structure)
-    metadata = {"format": "pt", "modelspec.title": target.stem, **_stated(structure)}
+    metadata = {"format": "pt", "modelspec.title": target.stem, **_stated(structure), **_pads(source, structure)}
     entries = {name: Entry("F32", place.shape) for name, place in places.items()}
     _check_kept(source, structure, Header(entries, metadata))
     states = {part: _weights(source, part, shapes, dtype) for part, shapes in structure.shapes().items()}
@@ -139,6 +142,18 @@ def _stated(structure: Structure) -> dict[str, str]:
     factor = 2 ** (len(structure.vae.block_out_channels) - 1)
     resolution = {} if height is None else {"modelspec.resolution": f"{width * factor}x{height * factor}"}
     return {"modelspec.prediction_type": "v" if prediction == "v_prediction" else prediction, **resolution}
+
+
+def _pads(folder: Path, structure: Structure) -> dict[str, str]:
+    """The metadata for tokens that fill prompts, where they are not those of the family."""
+    pads = {}
+    for part, (kind, _) in structure.family.texts.items():
+        place = folder / part.replace("text_encoder", "tokenizer")
+        if place.is_dir():
+            words = Tokenizer.from_pretrained(place)
+            if words.pad != (words.end if kind == "clip" else 0):
+                pads[PAD.format(part)] = str(words.pad)
+    return pads
 
 
 def _check_kept(folder: Path, own: Structure, header: Header) -> None:

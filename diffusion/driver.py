@@ -121,7 +121,12 @@ def drive(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)  # else a first timestep that occurs twice is taken for the second one
     x = x_BCHW * _frame(kind, levels[0], exploding)
-    for timestep, (sigma, lower) in zip(scheduler.timesteps[begin:], pairwise(levels), strict=True):
+    order = inspect.signature(scheduler.step).parameters.get("order")
+    for done, (timestep, (sigma, lower)) in enumerate(
+        zip(scheduler.timesteps[begin:], pairwise(levels), strict=True), start=1
+    ):
+        if order is not None:  # LMS reckons with the slopes of steps before the first one, too
+            arguments["order"] = min(options.get("order", order.default), done)
         # Whatever the frame of x, the network's input is the same. Flow schedulers have no method to scale it.
         input_BCHW = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
         noisy_BCHW = input_BCHW / scaling(kind, sigma).c_in

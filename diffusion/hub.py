@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,7 +39,7 @@ def cached_path(model: str | Path) -> Path | None:
 def hub_id(model: str | Path) -> tuple[str, str | None] | None:
     """The repository and the revision that an id on the hub names; None for a path, and for what is neither."""
     path, match = Path(model), ID.fullmatch(str(model))
-    if path.exists() or match is None or path.suffix in (".safetensors", *PICKLE_SUFFIXES):
+    if os.path.exists(path) or match is None or path.suffix in (".safetensors", *PICKLE_SUFFIXES):
         return None
     return match[1], match[2]
 

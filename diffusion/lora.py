@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -129,7 +130,7 @@ def add_lora(networks: Mapping[str, nn.Module], path: str | Path, weight: float 
     path = Path(path)
     if not _is_number(weight):
         raise GazeError(f"the weight of {path} is {weight!r}", "a number, such as 0.8; 0 is without it")
-    if not path.exists():
+    if not os.path.exists(path):
         raise GazeError(f"LoRA {str(path)!r} does not exist", "check the path")
     path = path / FILE if path.is_dir() else path
     refuse_pickle(path)

@@ -6,6 +6,7 @@ generation_config.json, which diffusers ignores, holds the steps, guidance scale
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -111,7 +112,7 @@ def load_model(
     Raises GazeError when the model, a part or a weight is missing or broken.
     """
     path = local_path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise GazeError(f"model {str(path)!r} does not exist", "check the path, or leave --model out")
     model = (_from_folder if path.is_dir() else _from_file)(path, tokenizer, prediction_type, dtype)
     check_fit(model, path)

@@ -18,15 +18,21 @@ from .original_names import from_original
 from .structure import UNUSED, Place, Structure, layout, recognise
 from .tokenizer import Tokenizer
 
+PAD = "gaze.{}.pad_token_id"  # metadata: what fills the prompts of a text encoder, where it is not its family's
+
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file whose header has been checked: every tensor of `structure` is in its place, and no other is."""
+    """A file whose header has been checked: every tensor of `structure` is in its place, and no other is.
+
+    metadata: texts that stand beside the tensors.
+    """
 
     path: Path
     structure: Structure
     places: dict[str, Place]
     entries: dict[str, Entry]
+    metadata: dict[str, str]
 
     def read(self, part: str, dtype: torch.dtype | None = torch.float32) -> dict[str, Tensor]:
         """The tensors of a part by their names here. dtype: None gives them as they are.
@@ -67,14 +73,15 @@ def open_single_file(path: str | Path, prediction_type: str | None = None) -> Si
     for name in places:
         if "F" not in header.tensors[name].dtype:
             raise GazeError(f"{path} holds {name} as {header.tensors[name].dtype}", "a version that is not quantised")
-    return SingleFile(path, structure, places, {name: header.tensors[name] for name in places})
+    return SingleFile(path, structure, places, {name: header.tensors[name] for name in places}, header.metadata)
 
 
 def tokenizer_of(file: SingleFile, part: str, folder: str | Path | None = None) -> Tokenizer:
     """The tokenizer for a text encoder of a file, which itself has none: all of the families read the same words.
 
-    folder: a tokenizer/ or a model's folder that has one; None: tokenizer/ beside the file. What fills a prompt is the
-    text encoder's: the end again for CLIP, token 0 for OpenCLIP. Raises GazeError when there is no tokenizer.
+    folder: a tokenizer/ or a model's folder that has one; None: tokenizer/ beside the file. What fills a prompt is what
+    the metadata say (PAD), else the text encoder's: the end again for CLIP, token 0 for OpenCLIP. Raises GazeError when
+    there is no tokenizer, or no such token in it.
     """
     place = tokenizer_folder(file.path.parent if folder is None else folder)
     if not place.is_dir() or (folder is None and place == file.path.parent):
@@ -83,7 +90,13 @@ def tokenizer_of(file: SingleFile, part: str, folder: str | Path | None = None) 
             "--tokenizer FOLDER, with the tokenizer/ of any Stable Diffusion model or that model's folder",
         )
     words = Tokenizer.from_pretrained(place)
-    return words.padded_with(words.end if file.structure.family.texts[part][0] == "clip" else 0)
+    usual = words.end if file.structure.family.texts[part][0] == "clip" else 0
+    stated = file.metadata.get(PAD.format(part), str(usual))
+    if not stated.isdecimal() or len(stated) > 9 or int(stated) >= len(words):
+        raise GazeError(
+            f"{file.path} fills prompts with token {stated!r:.50}, which {place} lacks", "its own tokenizer"
+        )
+    return words.padded_with(int(stated))
 
 
 def tokenizer_folder(folder: str | Path) -> Path:

@@ -217,6 +217,8 @@ def main() -> None:
     except Exception as error:
         if os.environ["GAZE_DEBUG"] not in ("", "0"):
             raise
+        if isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error):
+            error = GazeError("there is not enough memory for this", "a smaller --size, --tile 512 or --dtype bfloat16")
         known = isinstance(error, GazeError)
         hint = "" if known else "\n  try: the same with --debug, which shows where this happened"
         where = f" in process {os.environ['RANK']}" if "RANK" in os.environ else ""

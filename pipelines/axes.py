@@ -55,9 +55,10 @@ AXES: dict[str, Callable[[str], Settings]] = {
     "seed": _one("seed", int),
     "size": _size,
     "spacing": _one("spacing"),
+    "strength": _one("strength", float),
     "steps": _one("num_inference_steps", int),
 }
-KINDS = {"apg": "on or off", "cfg": "a number", "guidance-rescale": "a number from 0 to 1"}
+KINDS = {"apg": "on or off", "cfg": "a number", "guidance-rescale": "a number from 0 to 1", "strength": "a number"}
 KINDS |= dict.fromkeys(("seed", "steps"), "a whole number")
 ALIASES = {"guidance-scale": "cfg", "num-inference-steps": "steps"}
 

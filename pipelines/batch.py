@@ -24,8 +24,9 @@ from .options import dtype_of
 from .parameters import write_parameters
 from .png import save_png
 from .processes import Processes
-from .recall import OF_MODEL, SHIPPED
+from .recall import DIGESTS, OF_MODEL, SHIPPED
 from .sheet import grid, printable
+from .sources import digests
 from .text_to_image import Preview, Request, TextToImage
 
 OF_PICTURE = ("prompt", "negative_prompt", "seed")  # settings that differ within a batch
@@ -71,6 +72,7 @@ def make(
         pipe = open_model(pictures[0])
         for name, settings in zip(names or (), pictures, strict=False):
             _check(pipe, name, settings)
+        pipe.plan(Request(**request(pictures[-1])))  # whose seed may be too large, where the first one's is not
         drawn = draw(pipe, [pictures[index] for index in part], batch_size, advance, show)
         for index, picture in zip(part, drawn, strict=True):
             if paths is not None:
@@ -126,7 +128,8 @@ def draw(
         result = preview.result()
         seconds = round((time.perf_counter() - begin) / len(batch), 3)
         for image, settings, asked in zip(result.images, result.settings, batch, strict=True):
-            yield Picture(image, {**settings, "model": SHIPPED, **_of_model(asked)}, seconds)
+            noted = {DIGESTS: found} if (found := digests(settings)) else {}
+            yield Picture(image, {**settings, "model": SHIPPED, **_of_model(asked), **noted}, seconds)
         done += len(batch)
 
 

@@ -20,8 +20,9 @@ from diffusion.errors import GazeError
 from diffusion.samplers import Denoise, Step
 
 from .checks import picture_size
-from .images import open_picture, to_rgb, to_tensor
+from .images import WHITE, open_picture, to_rgb, to_tensor
 
+BLACK = (0, 0, 0)
 STRENGTH = 0.8  # diffusers' default; with a mask it is 1
 
 
@@ -45,8 +46,9 @@ def canvas(image: Any, mask: Any, strength: Any, height: int | None, width: int 
     """What the three settings of a request ask for; None for none. Pictures are PIL's or files of them.
 
     The picture is brought to height and width, by default to its own rounded down to what the factor divides, with
-    Lanczos' filter, and so is the mask, which is then white from half on. Raises GazeError for a file that is no
-    picture, a mask of another size than the picture, and a strength that is not above 0 and at most 1.
+    Lanczos' filter, and so is the mask, which is then white from half on; what is transparent in it counts as black.
+    Raises GazeError for a file that is no picture, a mask of another size than the picture, and a strength that is not
+    above 0 and at most 1.
     """
     if image is None:
         for name, value in (("strength", strength), ("mask_image", mask)):
@@ -63,7 +65,7 @@ def canvas(image: Any, mask: Any, strength: Any, height: int | None, width: int 
     noted = {"image": file, "strength": float(strength)}
     mask_BCHW = None
     if mask is not None:
-        painted, noted["mask_image"] = _opened("mask_image", mask)
+        painted, noted["mask_image"] = _opened("mask_image", mask, BLACK)
         if painted.size != picture.size:
             raise GazeError(
                 f"the mask is {painted.width}x{painted.height} pixels, the picture {picture.width}x{picture.height}",
@@ -73,13 +75,13 @@ def canvas(image: Any, mask: Any, strength: Any, height: int | None, width: int 
     return Canvas(to_tensor(_resized(picture, size)), mask_BCHW, float(strength), noted)
 
 
-def _opened(name: str, picture: Any) -> tuple[Image.Image, str | None]:
-    """A picture in RGB, and the name of its file."""
+def _opened(name: str, picture: Any, background: tuple[int, int, int] = WHITE) -> tuple[Image.Image, str | None]:
+    """A picture in RGB, what is transparent laid on the background, and the name of its file."""
     if isinstance(picture, str | Path):
-        return open_picture(picture), str(picture)
+        return open_picture(picture, background), str(picture)
     if not isinstance(picture, Image.Image):
         raise GazeError(f"{name} is {type(picture).__name__}", "a PIL picture, or the name of its file")
-    return to_rgb(picture), getattr(picture, "filename", "") or None
+    return to_rgb(picture, background), getattr(picture, "filename", "") or None
 
 
 def _resized(picture: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 from diffusion.errors import GazeError
@@ -27,8 +28,8 @@ def picture_size(
         if side is None:
             raise GazeError(f"this model does not say its picture size, and no {name} was given", f"{name}=512")
         if whole(name, side, 1, LONGEST) % factor:
-            below, above = max(side // factor, 1) * factor, (side // factor + 1) * factor
-            raise GazeError(f"{name} is {side}; this model makes multiples of {factor}", f"{below} or {above}")
+            near = sorted({max(side // factor, 1) * factor, (side // factor + 1) * factor})
+            raise GazeError(f"{name} is {side}; this model makes multiples of {factor}", " or ".join(map(str, near)))
         sides.append(side)
     return sides[0], sides[1]
 
@@ -39,14 +40,14 @@ def first(*values: Any) -> Any:
 
 
 def whole(name: str, value: Any, least: int, most: int = 2**63) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         limit = "" if most == 2**63 else f" and at most {most}"
         raise GazeError(f"{name} is {value!r}", f"a whole number, at least {least}{limit}")
-    return value
+    return int(value)
 
 
 def number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise GazeError(f"{name} is {value!r}", "a number; guidance_scale 1 turns guidance off")
     return float(value)
 

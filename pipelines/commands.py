@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from diffusion.errors import GazeError
+
 from .options import (
     BatchSize,
     Debug,
@@ -42,7 +44,9 @@ def generate(
         ),
     ] = None,
     prompts: Annotated[str | None, typer.Option(metavar="FILE", help="More prompts, one a line.")] = None,
-    n: Annotated[int, typer.Option("-n", "--num-images", min=1, metavar="N", help="Pictures of each prompt.")] = 1,
+    n: Annotated[
+        int, typer.Option("-n", "--num-images", min=1, max=100_000, metavar="N", help="Pictures of each prompt.")
+    ] = 1,
     options: PictureOptions,
     sheet: Annotated[str | None, typer.Option(metavar="FILE", help="All pictures, labelled, in one PNG.")] = None,
     columns: Annotated[int, typer.Option(min=1, metavar="N", help="Columns of the sheet.")] = 8,
@@ -70,7 +74,10 @@ def generate(
             check_writable(out_sheet.parent)
             if out is None:  # a sheet alone is enough; single files are written beside it when -o says where
                 return first, None
-        return first, [str(path) for path in plan_paths(out, texts, range(first, first + len(texts)))]
+        paths = plan_paths(out, texts, range(first, first + len(texts)))
+        if out_sheet in paths:
+            raise GazeError(f"{str(out_sheet)!r} is to be a picture and the sheet", "another name for one of them")
+        return first, [str(path) for path in paths]
 
     with processes() as group:
         first, paths = group.agree(plan)
@@ -108,8 +115,8 @@ def grid(
     debug: Debug = False,
 ) -> None:
     """Draw one prompt under varying settings, as a sheet with labelled axes. Axes: steps, cfg, seed, scheduler,
-    spacing, negative-prompt, size, guidance-rescale, guidance-interval, apg, prompt, and replace=WORD,OTHER,... in the
-    prompt. Values with commas: separate by ; instead, or quote them."""
+    spacing, negative-prompt, size, guidance-rescale, guidance-interval, apg, strength, prompt, and replace=WORD,OTHER
+    in the prompt. Values with commas: separate by ; instead, or quote them."""
     from .axes import cells, describe, read_axis
     from .files import check_writable, png_path
     from .png import save_png

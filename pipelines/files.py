@@ -1,5 +1,6 @@
 """Where pictures go: names from prompts, checked before any work is done. Nothing here imports torch or PIL."""
 
+import os
 import re
 import tempfile
 import unicodedata
@@ -24,14 +25,14 @@ def plan_paths(out: str | None, prompts: Sequence[str], seeds: Sequence[int]) ->
     i in place of "{i}", or "-i" before the suffix.
     Raises GazeError for a suffix other than .png, and for places that cannot be written (see `check_writable`).
     """
-    if out is None or out.endswith("/") or Path(out).is_dir():
+    if out is None or out.endswith("/") or os.path.isdir(out):
         paths = _unused(Path(out or "."), [f"{slug(p)}-{seed}" for p, seed in zip(prompts, seeds, strict=True)])
     else:
         paths = [png_path(out)] if len(prompts) == 1 and "{i}" not in out else _numbered(png_path(out), len(prompts))
     for folder in {path.parent for path in paths}:
         check_writable(folder)
     for path in paths:
-        if path.is_dir():
+        if os.path.isdir(path):
             raise GazeError(f"{str(path)!r} is a folder, so no picture can be written there", "another name with -o")
     return paths
 

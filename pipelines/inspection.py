@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def inspect(
     of all at once. Raises GazeError for a model that cannot be opened; the weights of a folder are not looked at.
     """
     path = local_path(DEFAULT_MODEL if path is None else path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise GazeError(f"model {str(path)!r} does not exist", "check the path")
     single = path.is_file()
     structure = open_single_file(path, prediction_type).structure if single else read_structure(path, prediction_type)

@@ -11,6 +11,7 @@ exact is in our own chunk (png.py); this is for other programs, and for reading 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import PurePath
@@ -54,6 +55,8 @@ AUTOMATIC = dict.fromkeys(("DPM++ 2M", "DPM++ SDE", "DPM2", "DPM2 a"), "karras")
 OUR_SAMPLER = re.compile(r"[a-z][a-z0-9_+-]*(:.*)?|[A-Za-z0-9]+Scheduler(:.*)?", re.S)
 # A key and its value, quoted or up to a comma. Bounded, so that the search is linear in the text.
 _FIELD = re.compile(r'(?<!\w)(\w[\w \-/]{1,60}):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
+# What a prompt may hold there and is only words here: other networks, and words that change between steps.
+_UNREAD = re.compile(r"<\w{1,20}:[^<>\n]{1,200}>|\[[^][():\n]{0,200}:[^][():\n]{0,200}:[0-9.]{1,10}\]")
 FEWEST = 3  # fields of a last line that is not a prompt's
 _NUMBER = re.compile(r"[+-]?[0-9]{1,20}(\.[0-9]{0,20})?(e[+-]?[0-9]{1,3})?")
 
@@ -100,7 +103,8 @@ def read_parameters(text: str) -> tuple[dict[str, Any], list[str]]:
         if found is not None:
             settings |= found
             del said[key]
-    return settings, [f"{key}: {value:.60}" for key, value in said.items()]
+    unread = [*_UNREAD.findall(settings["prompt"]), *_UNREAD.findall(settings["negative_prompt"])]
+    return settings, [*unread, *(f"{key}: {value:.60}" for key, value in said.items())]
 
 
 def quote(value: str) -> str:
@@ -138,7 +142,7 @@ def _whole(setting: str) -> Callable[[str], dict[str, Any] | None]:
 
 
 def _number(value: str) -> dict[str, Any] | None:
-    return {"guidance_scale": float(value)} if _NUMBER.fullmatch(value) else None
+    return {"guidance_scale": float(value)} if _NUMBER.fullmatch(value) and math.isfinite(float(value)) else None
 
 
 def _size(value: str) -> dict[str, Any] | None:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from diffusion.errors import GazeError
 
 from .parameters import read_parameters
 from .png import A_PICTURE_OF_OURS, PARAMETERS, SETTINGS, read_settings, read_texts
+from .sources import check_unchanged, located
 
 NUMBER = (int, float)
 # The settings that can be asked for, and their types; a model's Request says what they mean.
@@ -40,6 +41,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "tile": int,
 }
 OF_MODEL = ("model", "tokenizer", "prediction_type", "dtype", "tile")  # these say what draws, and belong together
+DIGESTS = "sha256"  # of the files that the settings name
 SHIPPED = "default"  # the name inside a PNG of the model that comes with the package
 
 
@@ -49,7 +51,7 @@ def describe(path: str) -> tuple[dict[str, Any], list[str]]:
     Raises GazeError when there are none.
     """
     texts = read_texts(path)
-    if SETTINGS in texts or PARAMETERS not in texts:
+    if SETTINGS in texts or not texts.get(PARAMETERS, "").strip():
         return read_settings(path), []
     return read_parameters(texts[PARAMETERS])
 
@@ -58,8 +60,8 @@ def recall(path: str, given: dict[str, Any]) -> dict[str, Any]:
     """The settings of the picture in a PNG, with those that are given in their place. Says on stderr what it passes
     over.
 
-    Raises GazeError when there are none, or those of several pictures, or one of the wrong type, and when the model
-    that they name is not there.
+    Raises GazeError when there are none, or those of several pictures, or one of the wrong type, and when the model or
+    a file that they name is not there, or the file no longer the same.
     """
     settings, unknown = describe(path)
     if isinstance(settings.get("pictures"), list):
@@ -68,6 +70,7 @@ def recall(path: str, given: dict[str, Any]) -> dict[str, Any]:
         )
     if not TYPES.keys() & settings.keys():
         raise GazeError(f"the settings inside {path} are not of a picture", A_PICTURE_OF_OURS)
+    noted = settings.pop(DIGESTS, {})
     unknown = [*unknown, *(name for name in settings if name not in TYPES)]
     if unknown:
         print(f"warning: {path} also says, and this does not repeat: {'; '.join(unknown)[:500]}", file=sys.stderr)
@@ -87,12 +90,14 @@ def recall(path: str, given: dict[str, Any]) -> dict[str, Any]:
             f"{path} was drawn with {found['model']!r:.200}, which is not here",
             "--model PATH; an id on the hub given there is fetched",
         )
+    found = located({name: value for name, value in found.items() if name not in given}, path)
+    check_unchanged(found, noted, path)
     return {**found, **given}
 
 
 def _is_here(model: str) -> bool:
     """Whether it can be opened without a download, which nobody asked for who repeats a stranger's picture."""
-    if model == SHIPPED or Path(model).exists():
+    if model == SHIPPED or os.path.exists(model):
         return True
     from diffusion.hub import cached_path  # imports torch, which is not needed to say what a PNG holds
 

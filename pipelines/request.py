@@ -129,6 +129,10 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
     else:
         height, width = picture.pixels_BCHW.shape[-2:]
     expected = (total, *model.autoencoder.latent_shape(height, width))
+    if request.latents is not None and not isinstance(request.latents, Tensor):
+        raise GazeError(f"latents are {type(request.latents).__name__}", "a torch tensor")
+    if request.latents is not None and not bool(request.latents.isfinite().all()):
+        raise GazeError("latents have values that are no finite numbers", "torch.randn of their shape")
     if request.latents is not None and tuple(request.latents.shape) != expected:
         raise GazeError(
             f"latents are {tuple(request.latents.shape)}, but {total} pictures of {height}x{width} take {expected}",

@@ -81,6 +81,13 @@ def test_a_picture_keeps_its_size_as_far_as_the_model_can(pipe):
     assert torch.equal(plan.canvas.pixels_BCHW, resized)
 
 
+def test_what_is_transparent_in_a_mask_stays(pipe):
+    clear = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 0))
+    clear.paste((255, 255, 255, 255), (SIZE // 2, 0, SIZE, SIZE))
+    drawn = [pipe("cat", image=picture(), mask_image=given, **FEW).pixels_BCHW for given in (clear, mask())]
+    assert torch.equal(*drawn)
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -97,6 +104,8 @@ def test_a_picture_keeps_its_size_as_far_as_the_model_can(pipe):
         ({"image": "nowhere.png"}, "nowhere.png cannot be read as a picture"),
         ({"image": __file__}, "cannot be read as a picture"),
         ({"image": 5}, "image is int"),
+        ({"latents": np.zeros((1, 4, 16, 16))}, "latents are ndarray"),
+        ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, "latents have values"),
         ({"original_size": (1, 1)}, "not told sizes"),
     ],
 )

@@ -156,6 +156,11 @@ def test_what_the_model_cannot_read_is_shown(gaze, model):
         (["-o", "/proc/picture.png"], ["'/proc'", "try:"]),
         (["--sheet", "/proc/sheet.png"], ["'/proc'", "try:"]),
         (["-o", "folder.png", "-n", "2", "--seed", "0", "--model", "nowhere"], ["'nowhere'"]),
+        (["--model", "a" * 300], ["does not exist", "try:"]),
+        (["--lora", "a" * 300], ["does not exist", "try:"]),
+        (["-o", "a.png", "--sheet", "a.png"], ["'a.png' is to be a picture and the sheet", "try:"]),
+        (["-n", "2", "--seed", str(2**63 - 1), "-o", "a.png"], ["seed is", "at most"]),
+        (["--size", "99999"], ["99999", "16384"]),
     ],
     ids=lambda value: " ".join(value) if "-" in str(value) else "",
 )
@@ -212,6 +217,18 @@ def test_an_unwritable_place_is_found_before_the_model_is_opened(gaze):
     assert code == 1
     assert "/proc" in err
     assert "nowhere" not in err
+
+
+def test_too_little_memory_is_said(gaze, model, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("pipelines.TextToImage.decode", full)
+    code, _, err = gaze("generate", "cat", "--model", model, "--steps", 1)
+    assert code == 1
+    assert (
+        err == "error: there is not enough memory for this\n  try: a smaller --size, --tile 512 or --dtype bfloat16\n"
+    )
 
 
 def test_a_traceback_only_on_request(gaze, monkeypatch):

@@ -101,6 +101,31 @@ def test_what_is_given_beside_it_replaces_it(gaze, model):
     assert [pixels("e-0.png"), pixels("e-1.png")] == [pixels("a.png"), pixels("d.png")]
 
 
+def test_files_that_it_was_drawn_from_are_found_again_unchanged(gaze, model):
+    Image.effect_noise((32, 32), 90).convert("RGB").save("start.png")
+    networks = load_model(model).modules
+    networks.pop("vae")
+    save_file(flat(random_lora(networks, 0)), "a.safetensors")
+    words = ["cat", "--model", model, "--steps", 3, "--init", "start.png", "--lora", "a.safetensors:0.5", "-o", "a.png"]
+    assert gaze("generate", *words)[0] == 0
+    Path("elsewhere").mkdir()
+    os.chdir("elsewhere")
+    assert gaze("generate", "--like", "../a.png", "-o", "b.png")[0] == 0
+    os.chdir("..")
+    assert pixels("elsewhere/b.png") == pixels("a.png")
+    for file, option in (("start.png", "--init"), ("a.safetensors", "--lora")):
+        whole = Path(file).read_bytes()
+        Path(file).write_bytes(whole + b"x")
+        code, _, err = gaze("generate", "--like", "a.png", "-o", "c.png")
+        assert (code, f"than '{file}' is now" in err, option in err) == (1, file == "start.png", True)
+        Path(file).unlink()
+        assert "cannot be read" in gaze("generate", "--like", "a.png", "-o", "c.png")[2]
+        Path(file).write_bytes(whole)
+    Image.new("RGB", (32, 32)).save("start.png")
+    assert gaze("generate", "--like", "a.png", "--init", "start.png", "-o", "c.png")[0] == 0
+    assert pixels("c.png") != pixels("a.png")
+
+
 def test_a_picture_of_the_web_ui(gaze, model):
     info = PngImagePlugin.PngInfo()
     line = "Steps: 2, Sampler: DPM++ 2M Karras, CFG scale: 4, Seed: 9, Size: 32x16, Model: v1-5, Clip skip: 2"

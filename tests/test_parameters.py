@@ -108,6 +108,13 @@ def test_every_name_in_the_tables_exists_here():
     assert set(parameters.AUTOMATIC) <= set(parameters.SAMPLERS)
 
 
+def test_words_of_the_web_ui_that_are_only_words_here_are_named():
+    prompt = "a <lora:style:0.8> [cat:dog:0.5] [red] (x:1.2)\nNegative prompt: <hypernet:y>"
+    settings, unread = read_parameters(f"{prompt}\nSteps: 2, Seed: 1, CFG scale: 1e999")
+    assert unread == ["<lora:style:0.8>", "[cat:dog:0.5]", "<hypernet:y>", "CFG scale: 1e999"]
+    assert "guidance_scale" not in settings
+
+
 def test_what_has_no_counterpart_is_named():
     text = (
         'cat\nSteps: x, Sampler: DPM fast, Schedule type: KL Optimal, Seed: 3, Clip skip: 2, Lora hashes: "a: 1, b: 2"'
@@ -238,7 +245,7 @@ def test_any_file_is_read_or_a_clear_error(tmp_path_factory, data):
         ({"seed": "5"}, "seed '5'"),
         ({"seed": True}, "seed True"),
         ({"prompt": ["cat"]}, "prompt"),
-        ({"model": "/no/such/model"}, "'/no/such/model', which does not exist"),
+        ({"model": "/no/such/model"}, "'/no/such/model', which is not here"),
         ({"x": 1}, "not of a picture"),
         ({"pictures": [{}, {}]}, "sheet of 2 pictures"),
     ],

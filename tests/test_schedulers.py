@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from diffusion.errors import GazeError
+from diffusion.samplers import PictureNoise
+from diffusion.schedulers import prepare
 from pipelines import TextToImage
 from tests.small_pipeline import small_pipeline
 
@@ -132,6 +134,23 @@ def test_guidance_and_batches_are_those_of_any_sampler(pipe):
         assert difference(alone, together.pixels_BCHW[1:].clamp(-1, 1)) < 1e-4
         off = pipe("dog", scheduler=scheduler, **FEW | {"seed": 6, "guidance_scale": 1})
         assert difference(off, alone.pixels_BCHW.clamp(-1, 1)) > 0.01
+
+
+@pytest.mark.parametrize("name", ["lms", "lms:order=2", "pndm", "deis", "dpmsolver++", "unipc", "heun", "kdpm2"])
+def test_a_run_that_begins_in_the_middle_is_no_worse_than_eulers(pipe, name):
+    """On data of unit variance, whose best denoiser and probability flow are formulas."""
+
+    def error(name):
+        trajectory = prepare(name, pipe.model.schedule, 20, "leading")
+        begin = trajectory.begin(0.5)
+        sigmas = trajectory.sigmas[begin:]
+        noise = PictureNoise([torch.Generator().manual_seed(0)], (1, 1, 1))
+        x = torch.full((1, 1, 1, 1), sigmas[0].item(), dtype=torch.float64)
+        *_, last = trajectory.run(lambda x, sigma: x / (1 + sigma**2), x, noise=noise, sigmas=sigmas)
+        exact = x * ((1 + last.sigma**2) / (1 + sigmas[0] ** 2)) ** 0.5
+        return (last.x_BCHW - exact).abs().item()
+
+    assert error(name) < error("euler") + 1e-6
 
 
 @pytest.mark.usefixtures("one_core")

@@ -16,7 +16,7 @@ from diffusion.convert import convert
 from diffusion.errors import GazeError
 from diffusion.header import LONGEST, read_header
 from diffusion.pretrained import load_model
-from diffusion.single_file import open_single_file
+from diffusion.single_file import PAD, open_single_file
 from diffusion.tokenizer import Tokenizer
 from pipelines.inspection import inspect
 from tests.hostile import headers
@@ -128,7 +128,9 @@ def test_prompts_are_filled_up_as_the_text_encoder_was_trained(made, tmp_path, f
     shutil.copytree(made / "model" / "tokenizer", tmp_path / "tokenizer")
     settings = json.loads((tmp_path / "tokenizer" / "tokenizer_config.json").read_text())
     (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "d"}))
-    text = load_model(made / f"{family}.safetensors", tokenizer=tmp_path).text
+    file = Path(shutil.copy(made / f"{family}.safetensors", tmp_path))
+    edit(file, lambda tensors: None, {})
+    text = load_model(file, tokenizer=tmp_path).text
     pad = text.tokenizer.backend.token_to_id(padding)
     assert (text.tokens(["", "dog"])[:, 3:] == pad).all()
     text.tokenizer.save_pretrained(tmp_path / "again")
@@ -312,3 +314,10 @@ def test_other_keys_and_shapes_are_named(file, tmp_path, change, says):
     assert says in refusal(load_model, file)
     assert str(file) in refusal(convert, file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("stated", ["", "-1", "1e9", "99999999999", "1000000"])
+def test_a_padding_token_that_is_none_is_refused(made, tmp_path, stated):
+    file = Path(shutil.copy(made / "sd2.safetensors", tmp_path))
+    edit(file, lambda tensors: None, {PAD.format("text_encoder"): stated})
+    assert "fills prompts with token" in refusal(load_model, file, tokenizer=made / "model")
