@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from .scheduler_config import FLOW, PREDICTION_TYPES
-from .spacing import LEVEL_SPACINGS
+from .spacing import LEVEL_SPACINGS, SPACINGS
 
 VELOCITY = ("epsilon", "v_prediction")  # what classes without the prediction type "sample" read
 
@@ -17,12 +17,13 @@ VELOCITY = ("epsilon", "v_prediction")  # what classes without the prediction ty
 class Foreign:
     """A diffusers class that fits a kind of model.
 
-    order: how fast the error falls with the step's length, of a stochastic method without its noise.
+    order: how fast the error falls with the step's length, rounded, as benchmarks/convergence.py measures it; of a
+        stochastic method that of its formula without the noise, not measured.
     exploding: its x is clean + sigma * noise; else the network's input.
     calls_per_step: network calls in each step but the last, which has one; extra_calls: how many more from 2 steps on.
     outputs: the prediction types it reads. A model that predicts something else
         fits too, if it is of this kind: the denoiser's answer is turned into one of them.
-    own_timesteps: it takes the option timestep_spacing, if at all, and does not read it.
+    spacings: the spacings of timesteps that it reads and converges with; none where it has timesteps of its own.
     levels: the spacings of levels that work, where the class has the option.
     levels_of: another class that it hands its options to, for its levels.
     options: what the name stands for beside the class. needs: a package beside diffusers.
@@ -35,7 +36,7 @@ class Foreign:
     calls_per_step: int = 1
     extra_calls: int = 0
     outputs: Sequence[str] = PREDICTION_TYPES
-    own_timesteps: bool = False
+    spacings: Sequence[str] = SPACINGS
     levels: Sequence[str] = LEVEL_SPACINGS
     levels_of: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -46,18 +47,20 @@ class Foreign:
         return self.calls_per_step * (steps - 1) + 1 + self.extra_calls * (steps > 1)
 
 
+# They step to timestep - T // n: with linspace that is not the timestep they visit next.
+even = partial(Foreign, spacings=("leading", "trailing"))
 # A class that samplers.py has under its short name goes by its own name alone.
 FOREIGN = {
-    "DDIMParallelScheduler": Foreign("DDIMParallelScheduler", 1),
-    "DDIMScheduler": Foreign("DDIMScheduler", 1),
+    "DDIMParallelScheduler": even("DDIMParallelScheduler", 1),
+    "DDIMScheduler": even("DDIMScheduler", 1),
     "DDPMParallelScheduler": Foreign("DDPMParallelScheduler", 1, stochastic=True),
     "EulerAncestralDiscreteScheduler": Foreign(
         "EulerAncestralDiscreteScheduler", 1, stochastic=True, exploding=True, outputs=VELOCITY
     ),
     "EulerDiscreteScheduler": Foreign("EulerDiscreteScheduler", 1, exploding=True),
     "HeunDiscreteScheduler": Foreign("HeunDiscreteScheduler", 2, exploding=True, calls_per_step=2),
-    "LCMScheduler": Foreign("LCMScheduler", 1, stochastic=True, own_timesteps=True),
-    "UniPCMultistepScheduler": Foreign("UniPCMultistepScheduler", 2),
+    "LCMScheduler": Foreign("LCMScheduler", 1, stochastic=True, spacings=()),
+    "UniPCMultistepScheduler": Foreign("UniPCMultistepScheduler", 3),
     "ddpm": Foreign("DDPMScheduler", 1, stochastic=True),
     "deis": Foreign("DEISMultistepScheduler", 2),
     "dpmsolver": Foreign(
@@ -78,16 +81,16 @@ FOREIGN = {
     "kdpm2_ancestral": Foreign(
         "KDPM2AncestralDiscreteScheduler", 2, stochastic=True, exploding=True, calls_per_step=2, outputs=VELOCITY
     ),
-    "lms": Foreign("LMSDiscreteScheduler", 4, exploding=True, needs="scipy"),
-    "pndm": Foreign("PNDMScheduler", 4, extra_calls=1, outputs=VELOCITY, options={"skip_prk_steps": True}),
+    "lms": Foreign("LMSDiscreteScheduler", 3, exploding=True, needs="scipy"),
+    "pndm": even("PNDMScheduler", 2, extra_calls=1, outputs=VELOCITY, options={"skip_prk_steps": True}),
     "sasolver": Foreign("SASolverScheduler", 2, stochastic=True),
     "sde-dpmsolver++": Foreign(
         "DPMSolverMultistepScheduler", 2, stochastic=True, options={"algorithm_type": "sde-dpmsolver++"}
     ),
-    "tcd": Foreign("TCDScheduler", 1, stochastic=True, own_timesteps=True),
+    "tcd": Foreign("TCDScheduler", 1, stochastic=True, spacings=()),
 }
 
-flow = partial(Foreign, outputs=(FLOW,), own_timesteps=True)
+flow = partial(Foreign, outputs=(FLOW,), spacings=())
 # With the other spacings these classes take their levels, above 1, from a table of betas that no flow model has.
 solver = partial(flow, levels=())
 FLOW_FOREIGN = {

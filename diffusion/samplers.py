@@ -88,7 +88,8 @@ class Sampler:
     spare: for leading and linspace it asks for one timestep more and leaves out the lowest.
     full_range: Karras levels span the schedule, not the spaced timesteps.
     unit_start: it starts as if the network's input x / sqrt(1 + sigma^2) were noise of unit variance.
-    order: how fast the error falls with the step's length, of a stochastic method without its noise.
+    order: how fast the error falls with the step's length, rounded, as benchmarks/convergence.py measures it; of a
+        stochastic method that of its formula without the noise.
     stochastic: it calls `noise`, if no option says otherwise.
     calls_per_step: network calls in each step but the last, which has one.
     """
@@ -248,7 +249,7 @@ SAMPLERS = {
         multistep("dpmpp_2m", dpmpp_2m, order=2),
         multistep("dpmpp_2m_sde", partial(dpmpp_2m, eta=1.0), order=2, stochastic=True),
         multistep("dpmpp_3m_sde", dpmpp_3m_sde, order=2, stochastic=True),
-        multistep("unipc", unipc, order=2),
+        multistep("unipc", unipc, order=3),
         # Trailing whatever the model's config says: consistency models are trained on those timesteps.
         Sampler("lcm", lcm, {}, whole=True, unit_start=True, stochastic=True),
     )

@@ -119,8 +119,8 @@ def default_name(class_name: str, config: Mapping[str, Any]) -> str:
 
 
 def table() -> list[dict[str, Any]]:
-    """Every name, ours first: its diffusers class, order, network calls for n steps, whether it adds noise, the
-    prediction types of the models that it fits, and what has to be installed for it."""
+    """Every name, ours first: its diffusers class, order (the lower, where kinds of models have two), network calls for
+    n steps, whether it adds noise, the prediction types of the models that it fits, and what has to be installed."""
     formulas = {(2, 3): "n", (3, 5): "2n - 1", (3, 4): "n + 1"}  # by the calls for 2 and for 3 steps
     methods: list[tuple[str, str, str, Sampler | Foreign]] = [
         *((name, "", "", method) for name, method in TABLE.samplers.items()),
@@ -131,7 +131,7 @@ def table() -> list[dict[str, Any]]:
         {
             "name": name,
             "class": class_name,
-            "order": method.order,
+            "order": min(row[name].order for kind, _ in kinds for row in (kind.samplers, kind.foreign) if name in row),
             "calls": formulas[method.calls(2), method.calls(3)],
             "stochastic": method.stochastic,
             "prediction_types": [
@@ -255,9 +255,11 @@ def _spacing_options(name: str, row: Foreign, spacing: str | None, parameters: M
     if spacing in SPACINGS:
         options["timestep_spacing"] = spacing
     has = [level for level in row.levels if f"use_{level}_sigmas" in parameters]
-    has += SPACINGS if "timestep_spacing" in parameters and not row.own_timesteps else ()
+    has += row.spacings if "timestep_spacing" in parameters else ()
     if spacing not in has:
-        raise GazeError(f"{name} has no {spacing} spacing", f"one of {', '.join([*has, 'its own'])}")
+        reads = row.spacings and spacing in {*SPACINGS} - {*row.spacings}
+        problem = "does not converge with" if reads else "has no"
+        raise GazeError(f"{name} {problem} {spacing} spacing", f"one of {', '.join([*has, 'its own'])}")
     return {option: value for option, value in options.items() if option in parameters}
 
 
