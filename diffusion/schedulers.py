@@ -92,7 +92,9 @@ def prepare(scheduler: Any, schedule: NoiseSchedule, steps: int, spacing: str | 
     """
     spacing = "linspace" if spacing == "linear" else spacing
     if spacing is not None and spacing not in (*SPACINGS, *LEVEL_SPACINGS):
-        raise GazeError(f"unknown spacing {spacing!r}", nearest(str(spacing), (*SPACINGS, *LEVEL_SPACINGS)))
+        raise GazeError(
+            f"unknown spacing {spacing!r}", nearest(str(spacing), {"linear", *SPACINGS, *LEVEL_SPACINGS} - {"linspace"})
+        )
     if not isinstance(scheduler, str):
         return _of_object(scheduler, schedule, steps, spacing)
     if len(scheduler) > LONGEST:
