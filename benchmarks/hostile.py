@@ -89,7 +89,8 @@ def memory(field: str) -> int:
 
 
 def watch() -> list[str]:
-    """What runs from now on: the events, with their first argument, and calls that unpickle."""
+    """What runs from now on: the events, with their first argument. Every payload names a function, which is one; torch
+    has a reader of pickles of its own, so a call of that is noted in its place."""
     seen: list[str] = []
 
     def note(event: str, arguments: tuple) -> None:
@@ -97,9 +98,7 @@ def watch() -> list[str]:
             seen.append(f"{event} {arguments[:1]}")
 
     sys.addaudithook(note)
-    for module, names in ((sys.modules["pickle"], ("load", "loads", "Unpickler")), (torch, ("load",))):
-        for name in names:
-            setattr(module, name, partial(seen.append, f"{module.__name__}.{name}"))
+    torch.load = lambda *_, **__: seen.append("torch.load")  # type: ignore[assignment]
     return seen
 
 
@@ -203,8 +202,7 @@ def main() -> None:
         for left in (place / "written.safetensors", place / "single" / "model.safetensors"):
             left.unlink()
         shutil.rmtree(place / "single" / "written")
-        before, real = set(sys.modules), sys.modules["pickle"].loads
-        seen = watch()
+        before, seen = set(sys.modules), watch()
         kinds = {
             "S1": lambda: pickles(place),
             "S2": lambda: broken(place, arguments.fuzz, arguments.seed),
@@ -216,9 +214,10 @@ def main() -> None:
             report[name] = {"n": tally.n, "seconds": tally.seconds, "bytes": tally.bytes, "untyped": tally.untyped}
         report["ran"] = seen[:] + [str(path) for path in place.rglob("ran")]
         report["imported"] = sorted(set(sys.modules) - before)
-        # The watch sees what it should, and the payloads do what they should.
-        real(next(payloads()))
-        report["control"] = seen[len(report["ran"]) :] + [path.name for path in place.rglob("ran")]
+        # The watch sees what it should: the event of an unpickled function, without one.
+        count = len(seen)
+        sys.audit("pickle.find_class", "os", "system")
+        report["control"] = seen[count:]
         os.chdir(root)
     if arguments.json:
         print(json.dumps(report))
@@ -230,7 +229,7 @@ def main() -> None:
             f"{found['bytes'][0] / 2**20:.0f} MiB ({found['seconds'][1][:60]}; {found['bytes'][1][:60]})"
         )
         print(*(f"  {line}" for line in found["untyped"][:10]), sep="\n")
-    print(f"ran: {report['ran']}; imported: {report['imported']}; the watch sees a real one: {report['control']}")
+    print(f"ran: {report['ran']}; imported: {report['imported']}; the watch sees: {report['control']}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ A picture's settings are those inside its PNG: the names of `Request`'s fields, 
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -26,7 +27,7 @@ from .png import save_png
 from .processes import Processes
 from .recall import DIGESTS, OF_MODEL, SHIPPED
 from .sheet import grid, printable
-from .sources import digests
+from .sources import digests, sha256
 from .text_to_image import Preview, Request, TextToImage
 
 OF_PICTURE = ("prompt", "negative_prompt", "seed")  # settings that differ within a batch
@@ -116,7 +117,7 @@ def draw(
     advance: is told the fraction that is done and what is under way. show: is shown every step.
     """
     at_once = 1 if pipe.device.type == "cpu" else batch_size
-    done = 0
+    done, digest = 0, functools.cache(sha256)  # of each file once
     for batch in _batches(pictures, at_once):
         begin = time.perf_counter()
         for preview in pipe.steps(**_request(batch)):
@@ -128,7 +129,7 @@ def draw(
         result = preview.result()
         seconds = round((time.perf_counter() - begin) / len(batch), 3)
         for image, settings, asked in zip(result.images, result.settings, batch, strict=True):
-            noted = {DIGESTS: found} if (found := digests(settings)) else {}
+            noted = {DIGESTS: found} if (found := digests(settings, digest)) else {}
             yield Picture(image, {**settings, "model": SHIPPED, **_of_model(asked), **noted}, seconds)
         done += len(batch)
 

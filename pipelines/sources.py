@@ -11,12 +11,22 @@ from typing import Any
 from diffusion.errors import GazeError
 
 PICTURES = ("image", "mask_image")
-LORA_FILE = "pytorch_lora_weights.safetensors"  # of a LoRA that is a folder
 
 
-def digests(settings: dict[str, Any]) -> dict[str, Any]:
-    """sha256 of each file, by the setting that names it; of the LoRAs a list. Empty for settings that name none."""
-    return _each(settings, _sha256)
+def sha256(path: str) -> str:
+    """Of a file, or of a folder's LoRA. Raises GazeError when it cannot be read."""
+    from diffusion.lora import FILE  # imports torch, which is not needed to say what a PNG holds
+
+    file = Path(path, FILE) if os.path.isdir(path) else Path(path)
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise GazeError(f"{path!r:.300} cannot be read: {error}", "the file that the picture was drawn with") from None
+
+
+def digests(settings: dict[str, Any], digest: Callable[[str], str] = sha256) -> dict[str, Any]:
+    """The digest of each file, by the setting that names it; of the LoRAs a list. Empty for settings that name none."""
+    return _each(settings, digest)
 
 
 def located(settings: dict[str, Any], png: str) -> dict[str, Any]:
@@ -50,11 +60,3 @@ def _each(settings: dict[str, Any], function: Callable[[str], str]) -> dict[str,
     if settings.get("lora"):
         found["lora"] = [function(lora["path"]) for lora in settings["lora"]]
     return found
-
-
-def _sha256(path: str) -> str:
-    file = Path(path, LORA_FILE) if os.path.isdir(path) else Path(path)
-    try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:
-        raise GazeError(f"{path!r:.300} cannot be read: {error}", "the file that the picture was drawn with") from None
