@@ -24,12 +24,29 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    folder: Path | None = None  # captioned pictures; None only with `drawn`
+    """Captioned pictures: exactly one of folder, shards, table, dataset and drawn."""
+
+    folder: Path | None = None  # pictures with metadata.jsonl, or with a .txt beside each
+    shards: str | None = None  # folder or URL of tar shards that `python -m train data pack` wrote
+    table: Path | None = None  # parquet file, or a folder of them
+    dataset: str | None = None  # of the `datasets` library: a folder of save_to_disk, or a name on the hub
     drawn: NotNegative = 0  # draw this many pictures of coloured shapes into the run's folder instead
-    size: Positive = 64  # pixels; pictures are cropped to the central square and resized
+    image_column: str = "image"  # of table and dataset
+    text_column: str = "text"
+    split: str = "train"  # of dataset
+    size: Positive = 64  # pixels of a side; with buckets, of a square of as many pixels
+    bucket_step: NotNegative = 0  # sides are multiples of it and keep the picture's shape; 0 = squares only
+    longest: Annotated[float, Field(ge=1)] = 2.0  # of a bucket: the long side over the short one
+    crop: Literal["center", "random"] = "center"
+    flip: Share = 0.0  # share of visits whose picture is mirrored
+    background: str = "white"  # under transparent pictures: a name or #rrggbb
     caption_dropout: Share = 0.1  # share of visits whose caption becomes the empty prompt, anew each visit
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of pictures never trained on, for the held-out loss
+    window: NotNegative = 0  # shards that are shuffled together; 0 = all
     workers: NotNegative = 0  # processes that decode pictures
-    cache_latents: bool = True  # encode each picture once, before training; needs memory for all latents
+    cache_latents: bool = True  # encode each picture once, before training
+    cache_text: bool = True  # encode each caption once, where the text encoders are frozen
+    cache: Path | None = None  # where encoded pictures and captions are kept, for other runs too; None = out/cache
 
 
 class Text(Section):
@@ -49,13 +66,26 @@ class Text(Section):
         return self
 
 
+class Lora(Section):
+    """Low-rank matrices beside frozen layers instead of training these (Hu et al. 2021)."""
+
+    rank: NotNegative = 0  # 0 = none
+    alpha: Annotated[float, Field(gt=0)] | None = None  # None = the rank
+    layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of the names of layers
+
+
 class Model(Section):
+    init_from: str | None = None  # folder, single file or hub name of a model to fine-tune; its own config then counts
+    train: tuple[str, ...] | None = None  # patterns of parameter names, as "unet.*attn2*"; None = all that is fresh,
+    # and the U-Net alone with init_from
+    lora: Lora = Lora()
     autoencoder: dict[str, Any] = {}  # diffusers' AutoencoderKL config, trained in the autoencoder phase
     autoencoder_from: Path | None = None  # vae/ folder for the later phases; None = the shipped model's
     text_from: Path | None = None  # folder of the text phase, to begin from; `text` then does not apply
     unet: dict[str, Any] = {}  # diffusers' UNet2DConditionModel config; latent and text sizes are filled in
     text: Text = Text()
-    scheduler: dict[str, Any] = {}  # diffusers' scheduler_config.json
+    mask_padding: bool = False  # hide the tokens past a prompt's end from the U-Net
+    scheduler: dict[str, Any] = {}  # diffusers' scheduler_config.json: what is predicted, and at which noise levels
     save_as: Literal["float32", "float16"] = "float32"  # the exported weights
     defaults: dict[str, Any] = {}  # steps, guidance scale and sampler to suggest with the model
 
@@ -64,53 +94,80 @@ class Objective(Section):
     density: Literal["uniform", "log_normal"] = "uniform"  # of sigma
     log_mean: float = 0.0  # of ln sigma, for log_normal
     log_std: Annotated[float, Field(gt=0)] = 1.2
-    weighting: Literal["uniform", "min_snr"] = "uniform"
-    gamma: Annotated[float, Field(gt=0)] = 5.0  # of min_snr
+    stratified: bool = True  # the levels of a global batch fall one into each of batch_size equal parts of the density
+    weighting: Literal["uniform", "min_snr", "soft_min_snr", "edm"] = "uniform"
+    gamma: Annotated[float, Field(gt=0)] = 5.0  # of min_snr and soft_min_snr
+    offset_noise: Annotated[float, Field(ge=0)] = 0.0  # deviation of a constant added to each channel's noise
+    noises: Positive = 1  # drawn per picture, of which the nearest to its latents is taken (immiscible diffusion)
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6  # of the autoencoder phase, per latent value
 
 
 class Optimizer(Section):
+    name: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     text_share: Annotated[float, Field(gt=0)] = 1.0  # of the learning rate, for the text encoder
+    muon_share: Annotated[float, Field(gt=0)] = 1.0  # of the learning rate, for what Muon trains
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     betas: tuple[Decay, Decay] = (0.9, 0.99)
+    momentum: Decay = 0.95  # of Muon
     warmup: NotNegative = 0  # pictures
-    decay: Literal["constant", "cosine"] = "cosine"  # to zero at the last picture
+    decay: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
+    decay_from: NotNegative = 0  # pictures; the rate is constant between warm-up and this
+    final_share: Share = 0.0  # of the learning rate, where linear and cosine end at the last picture
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
 
 
+class Ema(Section):
+    half_life: NotNegative = 10_000  # pictures; 0 = no averaging
+    snapshots_every: NotNegative = 0  # pictures between snapshots for post-hoc averages; 0 = none
+    widths: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = (0.05, 0.10)  # of the power functions in them
+
+
 class Validation(Section):
-    every: NotNegative = 0  # pictures between sample grids; 0 = none
+    every: NotNegative = 0  # pictures between held-out losses and sample grids; 0 = none
     prompts: tuple[str, ...] = ()
     seed: NotNegative = 0
+    bins: Positive = 8  # of noise level, for the held-out loss
+    pictures: Positive = 256  # at most so many of the held-out ones
 
 
 class Recipe(Section):
     phase: Literal["autoencoder", "text", "diffusion"]
     out: Path  # where the run writes
     seed: NotNegative = 0
-    resume: Literal["auto", "never"] = "auto"
+    resume: str = "auto"  # auto: from the newest sound checkpoint, if any; never; or a checkpoint's folder
     pictures: Positive  # how many are seen in the whole run
     batch_size: Positive = 64  # pictures per optimizer step, over all processes and accumulation steps
     gradient_accumulation_steps: Positive = 1
-    mixed_precision: Literal["no", "bf16"] = "no"
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
-    ema_half_life: NotNegative = 10_000  # pictures; 0 = no averaging
     checkpoint_every: Positive = 20_000  # pictures
     keep: Annotated[int, Field(ge=2)] = 2  # checkpoints
     log_every: Positive = 1_000  # pictures
+    log_samples: bool = False  # write which pictures each step saw to samples-RANK.jsonl
+    trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...
     data: Data = Data()
     model: Model = Model()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
+    ema: Ema = Ema()
     validation: Validation = Validation()
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        if (self.data.folder is None) == (self.data.drawn == 0):
-            raise ValueError("data: give either folder (captioned pictures) or drawn (a number of shapes to draw)")
-        if self.validation.every and not self.validation.prompts and self.phase != "autoencoder":
-            raise ValueError("validation.every is set but validation.prompts is empty")
+        data = self.data
+        given = [name for name in ("folder", "shards", "table", "dataset") if getattr(data, name) is not None]
+        if len(given) + (data.drawn > 0) != 1:
+            raise ValueError("data: give one of folder, shards, table, dataset, or drawn (a number of shapes to draw)")
+        if self.validation.every and not self.validation.prompts and not data.held_out and self.phase != "autoencoder":
+            raise ValueError("validation.every is set, but validation.prompts is empty and data.held_out is 0")
+        if data.crop == "random" and data.cache_latents and self.phase != "autoencoder":
+            raise ValueError("data.crop=random gives other latents at each visit; it needs data.cache_latents=false")
+        if self.model.lora.rank and self.model.init_from is None:
+            raise ValueError("model.lora trains beside a model's frozen layers; it needs model.init_from")
+        if self.model.init_from is not None and self.phase != "diffusion":
+            raise ValueError(f"model.init_from is for phase diffusion, not {self.phase}")
         return self
 
     def identity(self) -> str:
@@ -123,8 +180,9 @@ class Recipe(Section):
 
 
 _MAY_CHANGE: dict[str, Any] = dict.fromkeys(
-    ("out", "resume", "checkpoint_every", "keep", "log_every", "validation", "compile"), True
-) | {"data": {"folder", "workers"}}
+    ("out", "resume", "checkpoint_every", "keep", "log_every", "log_samples", "trackers", "validation", "compile",
+     "gradient_checkpointing"), True
+) | {"data": {"folder", "shards", "table", "dataset", "workers", "cache", "cache_latents", "cache_text"}}  # fmt: skip
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -87,7 +87,7 @@ def train(recipe: Recipe) -> Path:
     plain = phase.module
     names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
     optimizer = make_optimizer(plain, recipe.optimizer)
-    ema = EMA(plain, recipe.ema_half_life)
+    ema = EMA(plain, recipe.ema.half_life)
     seen = resume(recipe, plain, ema, optimizer, names, identity, main)
     if main:
         checkpoint.remove_leftovers(recipe.out / "checkpoints")

@@ -88,9 +88,9 @@ def test_defaults_then_file_then_command_line(minimal):
 
 
 def test_zero_is_a_value(minimal):
-    zeros = ["seed=0", "ema_half_life=0", "optimizer.warmup=0", "optimizer.weight_decay=0", "data.caption_dropout=0"]
+    zeros = ["seed=0", "ema.half_life=0", "optimizer.warmup=0", "optimizer.weight_decay=0", "data.caption_dropout=0"]
     recipe = load_recipe(minimal, [*zeros, "objective.kl_weight=0", "optimizer.betas=[0, 0]", "validation.every=0"])
-    assert recipe.seed == recipe.ema_half_life == recipe.optimizer.warmup == recipe.validation.every == 0
+    assert recipe.seed == recipe.ema.half_life == recipe.optimizer.warmup == recipe.validation.every == 0
     assert recipe.optimizer.weight_decay == recipe.data.caption_dropout == recipe.objective.kl_weight == 0.0
     assert recipe.optimizer.betas == (0.0, 0.0)
 

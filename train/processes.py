@@ -1,0 +1,49 @@
+"""The processes of a run, as the parts that must agree see them. Values travel as JSON, never as pickle."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Processes(NamedTuple):
+    """rank: of this process, from 0; count: of all. Every method must be called by all processes, in the same order."""
+
+    rank: int = 0
+    count: int = 1
+    device: torch.device = torch.device("cpu")  # where the backend's messages lie: NCCL knows no CPU
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one process that speaks and writes what is written once."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Each process's JSON value, by rank, everywhere."""
+        if self.count == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
+        longest = int(max(size.item() for size in sizes))
+        padded = torch.nn.functional.pad(text, (0, longest - len(text)))
+        texts = [torch.empty_like(padded) for _ in range(self.count)]
+        dist.all_gather(texts, padded)
+        return [
+            json.loads(bytes(text[: int(size)].cpu().numpy())) for text, size in zip(texts, sizes, strict=True)
+        ]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        if self.count == 1:
+            return flag
+        total = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(total)
+        return bool(total > 0)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.any(False)
