@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
 import subprocess
 import sys
 
 from diffusion.errors import GazeError
 
+PR_SET_PDEATHSIG = 1  # of Linux' prctl; outlives exec
 # A launcher that starts all processes sets one of them.
 COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -19,6 +22,7 @@ def start_the_others(module: str, words: list[str]) -> None:
     module, words: of our own command line, `python -m module words`. Raises GazeError when the number asked for cannot
     be found out.
     """
+    end_with_the_launcher()
     several_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
     if not several_on_cpu or any(count in os.environ for count in COUNTS):
         return
@@ -32,3 +36,10 @@ def start_the_others(module: str, words: list[str]) -> None:
         )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", asked[1]]
     os.execv(sys.executable, [*torchrun, "-m", module, *words])
+
+
+def end_with_the_launcher() -> None:
+    """On Linux, a process under `accelerate launch` gets SIGTERM when the launcher has ended, which passes no signal on
+    to a single one."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -74,9 +74,9 @@ def export(words: list[str]) -> int:
     parser.add_argument("run", type=Path)
     arguments = parser.parse_args(words)
     from .config import load_recipe
-    from .loop import export_newest
+    from .run import export as write
 
-    print(export_newest(load_recipe(arguments.run / "recipe.yaml", [f"out={arguments.run}"])))
+    print(write(load_recipe(arguments.run / "recipe.yaml", [f"out={arguments.run}"])))
     return 0
 
 

@@ -6,58 +6,27 @@ rate, nor the checkpoint: those are functions of pictures seen (see data/folder.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import sys
-import warnings
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
 
 import torch
-import yaml
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from diffusion.errors import GazeError
-from pipelines.files import check_writable
 from pipelines.images import to_pil
 from pipelines.sheet import grid
 
-from . import checkpoint
+from .company import Company
 from .config import Recipe
-from .data.drawn import draw_folder
-from .data.folder import Batches, Captioned, Sample, check, read_folder
-from .ema import EMA
+from .data.folder import Sample
+from .launch import make_accelerator, processes_of
 from .metrics import Metrics
-from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .run import Run, export, prepare
+from .sharding import gathered, whole
+from .signals import StopSignal
 
-GRACE = 10  # seconds
-
-
-class Phase(Protocol):
-    """What is trained. The loop knows no more of it than this."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
-        """The loss of each sample, B; module is self.module as Accelerate wrapped it."""
-
-    def measure(self) -> dict[str, float]:
-        """Figures of the current weights for the log."""
-
-    def grid(self) -> Tensor:
-        """Pictures of the current weights, BCHW in [-1, 1]."""
-
-    def export(self, folder: Path) -> None:
-        """Writes the current weights as a diffusers folder."""
-
-    def fingerprint(self) -> str:
-        """A hash of what the weights rest on beyond recipe and data; "" for nothing."""
+Losses = list[tuple[list[Sample], Tensor]]  # of each micro-batch
 
 
 class NotFinite(GazeError):
@@ -74,79 +43,48 @@ def train(recipe: Recipe) -> Path:
     """Runs the recipe to its end and returns the exported folder, `out/model`. Resumes when checkpoints are there.
 
     Raises GazeError for bad data, a folder that cannot be written or a checkpoint of another recipe; NotFinite when the
-    loss or a gradient is; NotSaved when a checkpoint cannot be written; Stopped after a signal.
+    loss or a gradient is; NotSaved when checkpoints cannot be written; Stopped after a signal.
     """
-    accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    main = accelerator.is_main_process
-    if main:
-        open_folder(recipe)
-    accelerator.wait_for_everyone()
-    data = read_data(recipe, main)
-    phase = make_phase(recipe, data, accelerator.device)
-    identity = identify(recipe, data, phase)
-    plain = phase.module
-    names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
-    optimizer = make_optimizer(plain, recipe.optimizer)
-    ema = EMA(plain, recipe.ema.half_life)
-    seen = resume(recipe, plain, ema, optimizer, names, identity, main)
-    if main:
-        checkpoint.remove_leftovers(recipe.out / "checkpoints")
-        (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    module, optimizer = accelerator.prepare(plain, optimizer)
-    if recipe.compile:
-        module = torch.compile(module)
-    batches = load(recipe, data, seen, accelerator)
-    total_loss, steps = torch.zeros((), device=accelerator.device), 0
-    metrics = Metrics(recipe.out / "metrics.jsonl", seen, recipe.pictures, main)
+    accelerator = make_accelerator(recipe)
+    processes = processes_of(accelerator)
+    with Company(processes) as company:
+        run = prepare(recipe, accelerator, processes)
+        total_loss, steps = torch.zeros((), device=accelerator.device), 0
+        with (
+            Metrics(recipe.out / "metrics.jsonl", run.seen, recipe.pictures, processes.first) as metrics,
+            StopSignal() as stop,
+        ):
+            while run.seen < recipe.pictures:
+                company.at(run.seen, run.seen // recipe.batch_size)
+                rate = run.set_rate()
+                losses = [backward(accelerator, run) for _ in range(recipe.gradient_accumulation_steps)]
+                loss = torch.cat([loss_B for _, loss_B in losses]).mean()
+                norm = whole(accelerator.clip_grad_norm_([*run.phase.module.parameters()], recipe.optimizer.clip))
+                broken, stopping = processes.any(~(loss + norm).isfinite(), stop.received)
+                if broken:
+                    raise not_finite(run, losses)
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+                before, run.seen = run.seen, run.seen + recipe.batch_size
+                run.averages.update(run.seen, recipe.batch_size)
+                metrics.advance(run.seen)
+                total_loss, steps = total_loss + loss, steps + 1
 
-    with metrics, StopSignal(accelerator) as stop:
-        while seen < recipe.pictures:
-            rate = learning_rate(recipe.optimizer, seen, recipe.pictures)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["share"]
-            for last in [False] * (recipe.gradient_accumulation_steps - 1) + [True]:
-                with contextlib.nullcontext() if last else accelerator.no_sync(module):
-                    loss = phase.loss(module, next(batches)).mean() / recipe.gradient_accumulation_steps
-                    accelerator.backward(loss)
-                total_loss += loss.detach()
-            norm = accelerator.clip_grad_norm_(plain.parameters(), recipe.optimizer.clip)
-            if not torch.isfinite(norm):
-                raise NotFinite(
-                    f"the gradient of pictures {seen} to {seen + recipe.batch_size - 1} is not finite; "
-                    "the step was not applied",
-                    "the same command goes on from the last checkpoint, which is sound; if it happens again, in a new "
-                    "out=DIR a lower optimizer.learning_rate or mixed_precision=no",
-                )
-            optimizer.step()
-            optimizer.zero_grad()
-            before, seen, steps = seen, seen + recipe.batch_size, steps + 1
-            ema.update(seen, recipe.batch_size)
-            metrics.advance(seen)
-
-            done, stopping = seen >= recipe.pictures, stop.anywhere()
-            due = partial(is_due, before, seen, recipe.pictures)
-
-            if due(recipe.log_every):
-                mean = float(accelerator.reduce(total_loss / steps, "mean"))
-                metrics.log(seen, loss=mean, learning_rate=rate, gradient_norm=float(norm))
-                total_loss, steps = torch.zeros_like(total_loss), 0
-            if due(recipe.validation.every) and main:
-                show(recipe, phase, ema, metrics, seen)
-            if due(recipe.checkpoint_every) or stopping:
-                if main:
-                    tensors = {"model": plain.state_dict(), "ema": ema.state_dict()}
-                    tensors["optimizer"] = optimizer_tensors(optimizer, names)
-                    state = {"identity": identity, "processes": accelerator.num_processes}
-                    checkpoint.save(recipe.out / "checkpoints", seen, tensors, state, recipe.keep)
-                accelerator.wait_for_everyone()
-            if stopping and not done:
-                accelerator.end_training()
-                raise Stopped(seen)
-
-    if main:
-        with ema.swapped():
-            phase.export(recipe.out / "model")
-    accelerator.wait_for_everyone()
+                due = partial(is_due, before, run.seen, recipe.pictures)
+                if due(recipe.log_every):
+                    metrics.log(
+                        run.seen, loss=processes.mean(total_loss / steps), learning_rate=rate, gradient_norm=float(norm)
+                    )
+                    total_loss, steps = torch.zeros_like(total_loss), 0
+                if due(recipe.validation.every):
+                    show(run, metrics)
+                if due(recipe.checkpoint_every) or stopping:
+                    run.save()
+                if stopping and run.seen < recipe.pictures:
+                    raise Stopped(run.seen)
+        if processes.first:
+            export(recipe)
+        processes.wait()
     accelerator.end_training()
     return recipe.out / "model"
 
@@ -156,145 +94,42 @@ def is_due(before: int, seen: int, total: int, every: int) -> bool:
     return every > 0 and (seen >= total or before // every < seen // every)
 
 
-def open_folder(recipe: Recipe) -> None:
-    """Makes the run's folder, and the pictures in it that the recipe asks to draw."""
-    try:
-        check_writable(recipe.out)
-    except GazeError as error:
-        raise GazeError(error.problem, "another place with out=DIR") from None
-    if recipe.data.folder is None:
-        draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed)
+def backward(accelerator: Accelerator, run: Run) -> tuple[list[Sample], Tensor]:
+    """Adds the gradient of this process's next micro-batch. Returns its samples and the loss of each, B."""
+    samples = next(run.batches)
+    with accelerator.accumulate(run.module):  # divides the loss by the number of micro-batches
+        loss_B = run.phase.loss(run.module, samples)
+        accelerator.backward(loss_B.mean())
+    return samples, loss_B.detach()
 
 
-def read_data(recipe: Recipe, report: bool) -> Captioned:
-    """The recipe's pictures that decode. report: list the others in out/skipped.txt and warn of them."""
-    entries, skipped = check(read_folder(recipe.data.folder or recipe.out / "drawn"), recipe.data.size)
-    if skipped and report:
-        listed = recipe.out / "skipped.txt"
-        listed.write_text("".join(f"{item.file}: {item.reason}\n" for item in skipped), encoding="utf-8")
-        warnings.warn(
-            f"{len(skipped)} of {len(skipped) + len(entries)} pictures do not decode and are skipped, first "
-            f"{skipped[0].file}: {skipped[0].reason}; all are listed in {listed}",
-            stacklevel=2,
-        )
-    cached = recipe.phase != "autoencoder" and recipe.data.cache_latents
-    return Captioned(entries, recipe.data.size, recipe.seed, recipe.data.caption_dropout, with_pixels=not cached)
+def not_finite(run: Run, losses: Losses) -> NotFinite:
+    """What is said, by every process alike, of a step whose loss or gradient is not finite somewhere."""
+    names = [
+        str(sample.entry)
+        for samples, loss_B in losses
+        for sample, finite in zip(samples, loss_B.isfinite().tolist(), strict=True)
+        if not finite
+    ]
+    found = [f"{name} (process {rank})" for rank, part in enumerate(run.processes.gather(names)) for name in part]
+    where = f"the loss of {', '.join(found[:8])}" if found else "no loss, but the gradient"
+    return NotFinite(
+        f"the step over pictures {run.seen} to {run.seen + run.recipe.batch_size - 1} is not finite: "
+        f"{where}; it was not applied",
+        "the same command goes on from the last checkpoint, which is sound; if it happens again, in a new "
+        "out=DIR a lower optimizer.learning_rate or mixed_precision=no",
+    )
 
 
-def make_phase(recipe: Recipe, data: Captioned, device: torch.device) -> Phase:
-    """The phase with fresh weights, a function of recipe.seed."""
-    torch.manual_seed(recipe.seed)  # everything later has randomness of its own
-    if recipe.phase == "autoencoder":
-        from .autoencoder_phase import AutoencoderPhase
-
-        return AutoencoderPhase(recipe, data, device)
-    if recipe.phase == "text":
-        from .text_phase import TextPhase
-
-        return TextPhase(recipe, data, device)
-    from .diffusion_phase import DiffusionPhase
-
-    return DiffusionPhase(recipe, data, device)
-
-
-def identify(recipe: Recipe, data: Captioned, phase: Phase) -> str:
-    """What a checkpoint and the run that goes on from it must share."""
-    return "-".join(filter(None, [recipe.identity(), data.fingerprint(), phase.fingerprint()]))
-
-
-def resume(
-    recipe: Recipe,
-    module: nn.Module,
-    ema: EMA,
-    optimizer: torch.optim.Optimizer,
-    names: dict[Tensor, str],
-    identity: str,
-    report: bool,
-) -> int:
-    """Loads the newest sound checkpoint of the run, if there is one. Returns the pictures seen so far."""
-    with warnings.catch_warnings():
-        if not report:
-            warnings.simplefilter("ignore")
-        newest = checkpoint.newest(recipe.out / "checkpoints")
-    if newest is None:
-        return 0
-    if recipe.resume == "never":
-        raise GazeError(f"{recipe.out} holds checkpoints and resume is never", "another out=DIR, or resume=auto")
-    tensors, state = checkpoint.load(newest, identity)
-    module.load_state_dict(tensors["model"])
-    ema.load_state_dict(tensors["ema"])
-    load_optimizer_tensors(optimizer, names, tensors["optimizer"])
-    if report:
-        print(f"resumed from {newest}", file=sys.stderr)
-    return state["pictures"]
-
-
-def load(recipe: Recipe, data: Captioned, start: int, accelerator: Accelerator) -> Iterator[list[Sample]]:
-    """The micro-batches of this process from picture `start` on, without end."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    positions = Batches(start, recipe.batch_size, recipe.gradient_accumulation_steps, rank, processes)
-    workers = recipe.data.workers
-    return iter(DataLoader(data, batch_sampler=positions, collate_fn=list, num_workers=workers, worker_init_fn=shield))
-
-
-def shield(worker: int) -> None:
-    """Workers outlive a signal to the whole process group, so that the step in which it came can end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
-
-
-def show(recipe: Recipe, phase: Phase, ema: EMA, metrics: Metrics, seen: int) -> None:
+def show(run: Run, metrics: Metrics) -> None:
     """Logs the phase's figures and writes a grid of its pictures, both with the averaged weights."""
-    with ema.swapped():
-        phase.module.eval()
-        figures = phase.measure()
+    with run.averages.swapped(), gathered(run.phase.module):
+        run.phase.module.eval()
+        figures = run.phase.measure()
         if figures:
-            metrics.log(seen, **figures)
-        folder = recipe.out / "samples"
+            metrics.log(run.seen, **figures)
+        folder = run.recipe.out / "samples"
         folder.mkdir(exist_ok=True)
-        grid(to_pil(phase.grid()), columns=8).save(folder / f"{seen:012d}.png")
-        phase.module.train()
-
-
-def export_newest(recipe: Recipe) -> Path:
-    """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there."""
-    newest = checkpoint.newest(recipe.out / "checkpoints")
-    if newest is None:
-        raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
-    data = read_data(recipe, report=False)
-    uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
-    phase = make_phase(uncached, data, torch.device("cpu"))
-    tensors, _ = checkpoint.load(newest, identify(recipe, data, phase))
-    phase.module.load_state_dict(tensors["model"] | tensors["ema"])
-    phase.export(recipe.out / "model")
-    return recipe.out / "model"
-
-
-class StopSignal:
-    """In its block, remembers SIGTERM and SIGINT, so that all processes leave together after the step they are in."""
-
-    NUMBERS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.received = False
-        self.previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        with contextlib.suppress(ValueError):  # not in the main thread: the caller handles signals
-            self.previous = {number: signal.signal(number, self._remember) for number in self.NUMBERS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-
-    def anywhere(self) -> bool:
-        """Whether any process has received a signal."""
-        if self.accelerator.num_processes == 1:
-            return self.received
-        flag = torch.tensor(float(self.received), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        if run.processes.first:
+            grid(to_pil(run.phase.grid()), columns=8).save(folder / f"{run.seen:012d}.png")
+        run.phase.module.train()

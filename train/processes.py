@@ -32,17 +32,21 @@ class Processes(NamedTuple):
         padded = torch.nn.functional.pad(text, (0, longest - len(text)))
         texts = [torch.empty_like(padded) for _ in range(self.count)]
         dist.all_gather(texts, padded)
-        return [
-            json.loads(bytes(text[: int(size)].cpu().numpy())) for text, size in zip(texts, sizes, strict=True)
-        ]
+        return [json.loads(bytes(text[: int(size)].cpu().numpy())) for text, size in zip(texts, sizes, strict=True)]
 
-    def any(self, flag: bool) -> bool:
-        """Whether any process says so."""
-        if self.count == 1:
-            return flag
-        total = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(total)
-        return bool(total > 0)
+    def any(self, *flags: bool | torch.Tensor) -> list[bool]:
+        """For each flag, whether any process raises it. One message for all of them."""
+        raised = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
+        if self.count > 1:
+            dist.all_reduce(raised)
+        return [value > 0 for value in raised.tolist()]
+
+    def mean(self, value: torch.Tensor) -> float:
+        """Of a number that each process has."""
+        total = value.detach().to(self.device, torch.float64 if self.device.type == "cpu" else torch.float32)
+        if self.count > 1:
+            dist.all_reduce(total)
+        return float(total / self.count)
 
     def wait(self) -> None:
         """Until all are here."""

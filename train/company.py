@@ -1,0 +1,135 @@
+"""The processes of a run watch over each other: when one dies or falls silent, the others end too and say which.
+
+A collective operation waits for all processes, for ever if one is gone. So a thread in each says every second how far
+its process is; the first process listens, and tells all when one has failed or said nothing for a while.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from .processes import Processes
+
+BEAT = 1.0  # seconds between signs of life
+SILENCE = 30.0  # seconds without one after which a process counts as stopped
+SUSPECT = 4.0  # the same once an operation over all processes has failed: somebody must be gone
+GRACE = 4.0  # seconds for an error that all processes find to be reported by each of them
+EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on
+
+
+class Company:
+    """A context manager around a run. An error that leaves the block is told to the other processes, which then end
+    with exit code 75. Alone, it does nothing."""
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+        self.state: dict[str, Any] = {"beat": 0, "pictures": 0, "step": 0, "failed": None, "suspects": False}
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Company:
+        if self.processes.count > 1:
+            host = os.environ.get("MASTER_ADDR", "localhost")
+            wait = timedelta(seconds=SILENCE)
+            port = 0
+            if self.processes.first:
+                self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+                port = self.store.port
+            port = self.processes.gather(port)[0]
+            if not self.processes.first:
+                self.store = dist.TCPStore(host, port, is_master=False, timeout=wait)
+            self._tell()
+            self.processes.wait()
+            self.thread.start()
+        return self
+
+    def at(self, pictures: int, step: int) -> None:
+        """Notes how far this process is."""
+        self.state |= {"pictures": pictures, "step": step}
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self.processes.count == 1:
+            return
+        if error is not None and _is_of_the_network(error):
+            self.state["suspects"] = True  # the thread finds out who is gone, and ends this process
+            self.thread.join(SUSPECT + GRACE + 3 * BEAT)
+        elif error is not None:
+            self.state["failed"] = f"{type(error).__name__}: {error}"
+            self._tell()
+            if self.processes.first:  # nobody else would listen, and the place where they ask goes with this process
+                self.store.set("verdict", _Listener.failed(0, self.state))
+                time.sleep(3 * BEAT)
+        self.over.set()
+        self.thread.join()
+
+    def _tell(self) -> None:
+        self.state["beat"] += 1
+        self.store.set(str(self.processes.rank), json.dumps(self.state))
+
+    def _watch(self) -> None:
+        listener = _Listener(self.processes.count) if self.processes.first else None
+        while not self.over.wait(BEAT):
+            try:
+                self._tell()
+                if listener is not None:
+                    found = listener.verdict([json.loads(text) for text in self.store.multi_get(listener.keys)])
+                    if found:
+                        self.store.set("verdict", found)
+                if self.store.check(["verdict"]):
+                    self._end(self.store.get("verdict").decode())
+            except (dist.DistError, RuntimeError):
+                if not self.over.wait(GRACE):
+                    self._end(f"process 0 is gone, at picture {self.state['pictures']} or later")
+
+    def _end(self, verdict: str) -> None:
+        """Ends this process, whose main thread may wait in an operation that never returns."""
+        if self.over.wait(GRACE):
+            return
+        print(
+            f"error: {verdict}; process {self.processes.rank} ends too\n"
+            "  try: the same command, which goes on from the last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(EXIT_CODE)
+
+
+class _Listener:
+    """What the first process makes of the signs of life."""
+
+    def __init__(self, count: int):
+        self.keys = [str(rank) for rank in range(count)]
+        self.last = {rank: (0, time.monotonic()) for rank in range(count)}  # the newest beat, and when it came
+
+    def verdict(self, states: list[dict[str, Any]]) -> str | None:
+        """What happened, or None while all is well. states: of each process, by rank."""
+        now = time.monotonic()
+        patience = SUSPECT if any(state["suspects"] for state in states) else SILENCE
+        for rank, state in enumerate(states):
+            if state["failed"] is not None:
+                return self.failed(rank, state)
+            if state["beat"] != self.last[rank][0]:
+                self.last[rank] = state["beat"], now
+            elif now - self.last[rank][1] > patience:
+                return (
+                    f"process {rank} was killed or stopped at picture {state['pictures']}, step {state['step']}: "
+                    f"no sign of life for {now - self.last[rank][1]:.0f} seconds"
+                )
+        return None
+
+    @staticmethod
+    def failed(rank: int, state: dict[str, Any]) -> str:
+        return f"process {rank} failed at picture {state['pictures']}, step {state['step']} ({state['failed']})"
+
+
+def _is_of_the_network(error: BaseException) -> bool:
+    """Whether an operation over all processes failed, which it does when another process is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())

@@ -1,0 +1,197 @@
+"""What a run begins with: data, phase, optimizer and averages, fresh or from its newest checkpoint. And its export."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+import yaml
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from diffusion.errors import GazeError
+from pipelines.files import check_writable
+
+from . import checkpoint
+from .config import Recipe
+from .data.drawn import draw_folder
+from .data.folder import Batches, Captioned, Sample, check, read_folder
+from .ema import EMA
+from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .processes import Processes
+from .sharding import assign
+from .signals import shield
+
+
+class Phase(Protocol):
+    """What is trained. The loop knows no more of it than this."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
+        """The loss of each sample, B; module is self.module as Accelerate wrapped it."""
+
+    def measure(self) -> dict[str, float]:
+        """Figures of the current weights for the log."""
+
+    def grid(self) -> Tensor:
+        """Pictures of the current weights, BCHW in [-1, 1]."""
+
+    def export(self, folder: Path) -> None:
+        """Writes the current weights as a diffusers folder."""
+
+    def fingerprint(self) -> str:
+        """A hash of what the weights rest on beyond recipe and data; "" for nothing."""
+
+
+@dataclass
+class Run:
+    """A run between two steps. seen: pictures so far. module: phase.module as Accelerate wrapped it."""
+
+    recipe: Recipe
+    processes: Processes
+    phase: Phase
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: EMA
+    identity: str
+    batches: Iterator[list[Sample]]
+    seen: int
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that are trained, by name."""
+        return {name: value for name, value in self.phase.module.named_parameters() if value.requires_grad}
+
+    def set_rate(self) -> float:
+        """Gives the optimizer the rate of the next step, and returns it."""
+        rate = learning_rate(self.recipe.optimizer, self.seen, self.recipe.pictures)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        return rate
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        if self.processes.first:
+            names = {value: name for name, value in self.parameters.items()}
+            tensors = {"model": self.phase.module.state_dict(), "ema": self.averages.state_dict()}
+            tensors["optimizer"] = optimizer_tensors(self.optimizer, names)
+            state = {"identity": self.identity, "processes": self.processes.count}
+            checkpoint.save(self.recipe.out / "checkpoints", self.seen, tensors, state, self.recipe.keep)
+        self.processes.wait()
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> Run:
+    """Everything that the loop needs. Raises GazeError for what cannot work."""
+    if processes.first:
+        open_folder(recipe)
+    processes.wait()
+    data = read_data(recipe, processes.first)
+    phase = make_phase(recipe, data, accelerator.device)
+    identity = identify(recipe, data, phase)
+    module, optimizer = accelerator.prepare(phase.module, make_optimizer(phase.module, recipe.optimizer))
+    run = Run(
+        recipe, processes, phase, module, optimizer, EMA(phase.module, recipe.ema.half_life), identity, iter(()), 0
+    )
+    resume(run)
+    if processes.first:
+        checkpoint.remove_leftovers(recipe.out / "checkpoints")
+        (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+    if recipe.compile:
+        run.module = torch.compile(module)
+    run.batches = load(recipe, data, run.seen, processes)
+    return run
+
+
+def open_folder(recipe: Recipe) -> None:
+    """Makes the run's folder, and the pictures in it that the recipe asks to draw."""
+    try:
+        check_writable(recipe.out)
+    except GazeError as error:
+        raise GazeError(error.problem, "another place with out=DIR") from None
+    if recipe.data.drawn:
+        draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed)
+
+
+def read_data(recipe: Recipe, report: bool) -> Captioned:
+    """The recipe's pictures that decode. report: list the others in out/skipped.txt and warn of them."""
+    entries, skipped = check(read_folder(recipe.data.folder or recipe.out / "drawn"), recipe.data.size)
+    if skipped and report:
+        listed = recipe.out / "skipped.txt"
+        listed.write_text("".join(f"{item.file}: {item.reason}\n" for item in skipped), encoding="utf-8")
+        warnings.warn(
+            f"{len(skipped)} of {len(skipped) + len(entries)} pictures do not decode and are skipped, first "
+            f"{skipped[0].file}: {skipped[0].reason}; all are listed in {listed}",
+            stacklevel=2,
+        )
+    cached = recipe.phase != "autoencoder" and recipe.data.cache_latents
+    return Captioned(entries, recipe.data.size, recipe.seed, recipe.data.caption_dropout, with_pixels=not cached)
+
+
+def make_phase(recipe: Recipe, data: Captioned, device: torch.device) -> Phase:
+    """The phase with fresh weights, a function of recipe.seed."""
+    torch.manual_seed(recipe.seed)  # everything later has randomness of its own
+    if recipe.phase == "autoencoder":
+        from .autoencoder_phase import AutoencoderPhase
+
+        return AutoencoderPhase(recipe, data, device)
+    if recipe.phase == "text":
+        from .text_phase import TextPhase
+
+        return TextPhase(recipe, data, device)
+    from .diffusion_phase import DiffusionPhase
+
+    return DiffusionPhase(recipe, data, device)
+
+
+def identify(recipe: Recipe, data: Captioned, phase: Phase) -> str:
+    """What a checkpoint and the run that goes on from it must share."""
+    return "-".join(filter(None, [recipe.identity(), data.fingerprint(), phase.fingerprint()]))
+
+
+def resume(run: Run) -> None:
+    """Loads the newest sound checkpoint of the run, if there is one."""
+    recipe = run.recipe
+    with warnings.catch_warnings():
+        if not run.processes.first:
+            warnings.simplefilter("ignore")
+        newest = checkpoint.newest(recipe.out / "checkpoints")
+    if newest is None:
+        return
+    if recipe.resume == "never":
+        raise GazeError(f"{recipe.out} holds checkpoints and resume is never", "another out=DIR, or resume=auto")
+    tensors, state = checkpoint.load(newest, run.identity)
+    assign(run.phase.module, tensors["model"])
+    run.averages.load_state_dict(tensors["ema"])
+    load_optimizer_tensors(run.optimizer, {value: name for name, value in run.parameters.items()}, tensors["optimizer"])
+    run.seen = state["pictures"]
+    if run.processes.first:
+        print(f"resumed from {newest}", file=sys.stderr)
+
+
+def load(recipe: Recipe, data: Captioned, start: int, processes: Processes) -> Iterator[list[Sample]]:
+    """The micro-batches of this process from picture `start` on, without end."""
+    positions = Batches(start, recipe.batch_size, recipe.gradient_accumulation_steps, processes.rank, processes.count)
+    workers = recipe.data.workers
+    return iter(DataLoader(data, batch_sampler=positions, collate_fn=list, num_workers=workers, worker_init_fn=shield))
+
+
+def export(recipe: Recipe) -> Path:
+    """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there."""
+    newest = checkpoint.newest(recipe.out / "checkpoints")
+    if newest is None:
+        raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
+    data = read_data(recipe, report=False)
+    uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
+    phase = make_phase(uncached, data, torch.device("cpu"))
+    tensors, _ = checkpoint.load(newest, identify(recipe, data, phase))
+    phase.module.load_state_dict(tensors["model"] | tensors["ema"])
+    phase.export(recipe.out / "model")
+    return recipe.out / "model"
