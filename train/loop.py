@@ -27,13 +27,15 @@ from pipelines.files import check_writable
 from pipelines.images import to_pil
 from pipelines.sheet import grid
 
-from . import checkpoint
+from .checkpoint import Checkpoints
+from .checkpoint_files import load as load_checkpoint
 from .config import Recipe
 from .data.drawn import draw_folder
 from .data.folder import Batches, Captioned, Sample, check, read_folder
 from .ema import EMA
 from .metrics import Metrics
 from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .processes import Processes
 
 GRACE = 10  # seconds
 
@@ -77,20 +79,22 @@ def train(recipe: Recipe) -> Path:
     loss or a gradient is; NotSaved when a checkpoint cannot be written; Stopped after a signal.
     """
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    main = accelerator.is_main_process
+    processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    main = processes.first
     if main:
         open_folder(recipe)
     accelerator.wait_for_everyone()
     data = read_data(recipe, main)
     phase = make_phase(recipe, data, accelerator.device)
-    identity = identify(recipe, data, phase)
+    checkpoints = Checkpoints(recipe.out / "checkpoints", recipe.keep, processes)
+    state = {"identity": identify(recipe, data, phase), "recipe": recipe.lasting()}
     plain = phase.module
     names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
     optimizer = make_optimizer(plain, recipe.optimizer)
     ema = EMA(plain, recipe.ema.half_life)
-    seen = resume(recipe, plain, ema, optimizer, names, identity, main)
+    seen = resume(recipe, plain, ema, optimizer, names, checkpoints, state)
+    checkpoints.remove_leftovers()
     if main:
-        checkpoint.remove_leftovers(recipe.out / "checkpoints")
         (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     module, optimizer = accelerator.prepare(plain, optimizer)
     if recipe.compile:
@@ -133,12 +137,9 @@ def train(recipe: Recipe) -> Path:
             if due(recipe.validation.every) and main:
                 show(recipe, phase, ema, metrics, seen)
             if due(recipe.checkpoint_every) or stopping:
-                if main:
-                    tensors = {"model": plain.state_dict(), "ema": ema.state_dict()}
-                    tensors["optimizer"] = optimizer_tensors(optimizer, names)
-                    state = {"identity": identity, "processes": accelerator.num_processes}
-                    checkpoint.save(recipe.out / "checkpoints", seen, tensors, state, recipe.keep)
-                accelerator.wait_for_everyone()
+                tensors = {"model": plain.state_dict(), "ema": ema.state_dict()}
+                tensors["optimizer"] = optimizer_tensors(optimizer, names)
+                checkpoints.save(seen, tensors, state, last=done or stopping)
             if stopping and not done:
                 accelerator.end_training()
                 raise Stopped(seen)
@@ -208,25 +209,20 @@ def resume(
     ema: EMA,
     optimizer: torch.optim.Optimizer,
     names: dict[Tensor, str],
-    identity: str,
-    report: bool,
+    checkpoints: Checkpoints,
+    state: dict[str, Any],
 ) -> int:
-    """Loads the newest sound checkpoint of the run, if there is one. Returns the pictures seen so far."""
-    with warnings.catch_warnings():
-        if not report:
-            warnings.simplefilter("ignore")
-        newest = checkpoint.newest(recipe.out / "checkpoints")
-    if newest is None:
+    """Loads the checkpoint that the run goes on from, if there is one. Returns the pictures seen so far."""
+    found = checkpoints.find(recipe.resume)
+    if found is None:
         return 0
-    if recipe.resume == "never":
-        raise GazeError(f"{recipe.out} holds checkpoints and resume is never", "another out=DIR, or resume=auto")
-    tensors, state = checkpoint.load(newest, identity)
+    tensors, _ = load_checkpoint(found, state)
     module.load_state_dict(tensors["model"])
     ema.load_state_dict(tensors["ema"])
     load_optimizer_tensors(optimizer, names, tensors["optimizer"])
-    if report:
-        print(f"resumed from {newest}", file=sys.stderr)
-    return state["pictures"]
+    if checkpoints.processes.first:
+        print(f"resumed from {found}", file=sys.stderr)
+    return int(found.name)
 
 
 def load(recipe: Recipe, data: Captioned, start: int, accelerator: Accelerator) -> Iterator[list[Sample]]:
@@ -258,13 +254,13 @@ def show(recipe: Recipe, phase: Phase, ema: EMA, metrics: Metrics, seen: int) ->
 
 def export_newest(recipe: Recipe) -> Path:
     """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there."""
-    newest = checkpoint.newest(recipe.out / "checkpoints")
+    newest = Checkpoints(recipe.out / "checkpoints", recipe.keep).newest()
     if newest is None:
         raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
     data = read_data(recipe, report=False)
     uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
     phase = make_phase(uncached, data, torch.device("cpu"))
-    tensors, _ = checkpoint.load(newest, identify(recipe, data, phase))
+    tensors, _ = load_checkpoint(newest, {"identity": identify(recipe, data, phase), "recipe": recipe.lasting()})
     phase.module.load_state_dict(tensors["model"] | tensors["ema"])
     phase.export(recipe.out / "model")
     return recipe.out / "model"
