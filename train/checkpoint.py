@@ -167,17 +167,16 @@ class Checkpoints:
             self._warn(f"an old checkpoint cannot be removed: {error}")
 
     def _check_shared(self) -> None:
-        mark = self.folder / self.processes.gather(f".tmp-{uuid.uuid4().hex}")[0]
+        mark = self.folder.parent / self.processes.gather(f".tmp-{uuid.uuid4().hex}")[0]
         if self.processes.first:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            mark.mkdir()
+            mark.mkdir(parents=True)
         self.processes.wait()
         seen = self.processes.gather(mark.exists())
         if self.processes.first:
             mark.rmdir()
         if not all(seen):
             raise GazeError(
-                f"process {seen.index(False)} does not see what process 0 writes into {self.folder.resolve()}",
+                f"process {seen.index(False)} does not see what process 0 writes into {mark.parent.resolve()}",
                 "out=DIR on a file system that all machines share",
             )
 

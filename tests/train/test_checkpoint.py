@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections import namedtuple
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import nn
 
 from diffusion.errors import GazeError
 from tests.train.threads import together
-from tests.train.tiny import PROCESSES, free_port
+from tests.train.tiny import PROCESSES, free_port, make_pictures, newest_files, run_here, tiny_recipe
 from train import checkpoint, checkpoint_files
 from train.checkpoint import Checkpoints, NotSaved
 from train.checkpoint_files import ALONE, MANIFEST, differences, load, placed, verify
@@ -215,7 +216,7 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
 def test_machines_that_see_different_folders_are_told(tmp_path):
     def work(processes: Processes) -> str:
         with pytest.raises(GazeError) as error:
-            Checkpoints(tmp_path / str(processes.rank // 2), 2, processes).find("auto")
+            Checkpoints(tmp_path / str(processes.rank // 2) / "checkpoints", 2, processes).find("auto")
         return str(error.value)
 
     said = together(3, work)
@@ -381,6 +382,45 @@ def test_refused_at_100_places_of_a_save_the_old_ones_stand(tmp_path):
     assert process.exitcode == 0
 
 
+# Whole runs
+
+
+def test_a_run_goes_on_past_a_failed_save_and_ends_at_a_failed_last_one(tmp_path, monkeypatch):
+    pictures = make_pictures(tmp_path / "pictures")
+    straight = tiny_recipe(tmp_path / "straight", pictures, pictures=48)
+    run_here(straight)
+    recipe = tiny_recipe(tmp_path / "run", pictures, pictures=48)
+    publish = checkpoint_files.publish
+
+    def full(aside: Path, final: Path, manifest) -> None:
+        if int(final.name) in fails:
+            raise OSError(28, "No space left on device")
+        publish(aside, final, manifest)
+
+    monkeypatch.setattr(checkpoint_files, "publish", full)
+    fails = (16, 48)
+    with pytest.warns(UserWarning, match="000000000016 cannot be written"), pytest.raises(NotSaved, match="No space"):
+        run_here(recipe)
+    assert [path.name for path in (recipe.out / "checkpoints").iterdir()] == ["000000000032"]
+    fails = ()
+    run_here(recipe)
+    assert newest_files(recipe.out) == newest_files(straight.out)
+
+
+def test_a_run_begins_from_the_checkpoint_it_is_given(tmp_path, capsys):
+    pictures = make_pictures(tmp_path / "pictures")
+    straight = tiny_recipe(tmp_path / "straight", pictures, pictures=48)
+    run_here(straight)
+    given = straight.out / "checkpoints" / "000000000032"
+    run_here(tiny_recipe(tmp_path / "run", pictures, pictures=48, resume=str(given)))
+    assert f"resumed from {given}" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000048"]
+    assert newest_files(tmp_path / "run") == newest_files(straight.out)
+    other = tiny_recipe(tmp_path / "other", pictures, pictures=48, resume=str(given), seed=3)
+    with pytest.raises(GazeError, match="another recipe: seed 0, now 3"):
+        run_here(other)
+
+
 # Where it may die
 
 
@@ -392,30 +432,34 @@ class Dying:
     """Lets one thread die at one of its writes, flushes, renames and removals; half of a write is done. What it would
     do after that fails too."""
 
-    def __init__(self, monkeypatch, rank: int):
-        self.rank, self.calls, self.left = str(rank), 0, 10_000
+    def __init__(self, monkeypatch, thread: str):
+        self.thread, self.calls, self.left = thread, 0, 10_000
         for owner, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree")):
             monkeypatch.setattr(owner, name, self.guard(getattr(owner, name)))
-        plain, meet = Path.open, self.meet
+        plain, meet, die = Path.open, self.meet, self.die
 
         class File(io.FileIO):
             def write(self, part) -> int:
                 if meet():
                     super().write(memoryview(part)[: len(part) // 2])
-                    raise Died
+                    die()
                 return super().write(part)
 
         monkeypatch.setattr(Path, "open", lambda path, mode: File(path, "w") if mode == "wb" else plain(path, mode))
 
     def meet(self) -> bool:
         """Whether this call is one that the thread does not live to see."""
-        self.calls += threading.current_thread().name == self.rank
-        return self.calls > self.left and threading.current_thread().name == self.rank
+        here = threading.current_thread().name == self.thread
+        self.calls += here
+        return here and self.calls > self.left
+
+    def die(self) -> NoReturn:
+        raise Died
 
     def guard(self, function):
         def call(*arguments, **options):
             if self.meet():
-                raise Died
+                self.die()
             return function(*arguments, **options)
 
         return call
@@ -425,7 +469,7 @@ class Dying:
 def test_dying_at_any_write_flush_or_rename_of_a_save_leaves_two_sound_checkpoints(
     tmp_path, monkeypatch, processes, victim
 ):
-    dying = Dying(monkeypatch, victim)
+    dying = Dying(monkeypatch, str(victim))
     places = 0
     while True:
         folder = tmp_path / str(places)
