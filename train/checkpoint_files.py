@@ -134,7 +134,7 @@ def _parts(tensors: Mapping[str, Tensor]) -> Iterable[bytes | memoryview]:
     yield len(header).to_bytes(8, "little")
     yield header
     for name in names:
-        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _write_flushed(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
