@@ -8,7 +8,7 @@ SCRIPT: diffusers' examples/text_to_image/train_text_to_image.py, a copy outside
 that has what the script imports beyond our needs (datasets, torchvision); default this one.
 
 Each run is a process of its own; sides take turns (A B C A B C ...), and a ratio is of two runs of one round. Same
-U-Net from the same fresh weights, the shipped autoencoder and text encoder, both frozen, drawn pictures, AdamW with the
+U-Net from the same fresh weights, the same autoencoder and text encoder, both frozen, drawn pictures, AdamW with the
 same rate, betas, eps, decay and clip, an average of the weights, one process on the CPU. Pictures per second are over
 the steps after the first WARM: from the end of one optimizer step to the end of another, start and end of the run left
 out. What is cached is computed before the first step and not counted. Differences that remain: we do not decay biases
@@ -29,6 +29,7 @@ import numpy as np
 import torch
 import yaml
 
+from diffusion.autoencoder import Autoencoder, AutoencoderConfig
 from diffusion.unet import UNet, UNetConfig
 from pipelines.text_to_image import DEFAULT_MODEL
 from tests.train.tiny import free_port, merged
@@ -37,27 +38,39 @@ from train.data.drawn import draw_folder
 ROOT = Path(__file__).resolve().parent.parent
 STEP_TIMES = Path(__file__).with_name("step_times.py")
 WARM = 3  # steps
-PIXELS = 128  # of a side; latents of 32 by the shipped autoencoder
+SIDE = 32  # of the latents
 PICTURES = 256
 RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.999), 0.01, 1.0
 CHANNELS = {"small": (64, 128), "medium": (128, 256, 512)}
+WIDTH = 64  # of a head
+FACTOR = {"shipped": 4, "sd": 8}  # pixels of a latent
+SD = AutoencoderConfig(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+)
 
 Run = Callable[[], dict]
 
 
-def make_model(folder: Path, channels: tuple[int, ...]) -> Path:
-    """A Stable Diffusion folder: the shipped parts and a fresh U-Net in SD's manner."""
+def make_model(folder: Path, channels: tuple[int, ...], autoencoder: str) -> Path:
+    """A Stable Diffusion folder: the shipped text encoder, a fresh U-Net in SD's manner, the autoencoder asked for."""
     for part in ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"):
         source = DEFAULT_MODEL / part
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
     levels = len(channels)
     torch.manual_seed(0)
+    if autoencoder == "sd":
+        shutil.rmtree(folder / "vae")
+        Autoencoder(SD).save_pretrained(folder / "vae")
     UNet(
         UNetConfig(
-            sample_size=PIXELS // 4,
+            sample_size=SIDE,
             block_out_channels=channels,
             down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
+            attention_head_dim=tuple(width // WIDTH for width in channels),  # which is their number
             cross_attention_dim=192,
         )
     ).save_pretrained(folder / "unet")
@@ -97,8 +110,9 @@ class Bench:
 
     def __init__(self, folder: Path, arguments: argparse.Namespace):
         self.folder, self.arguments = folder, arguments
-        self.model = make_model(folder / "model", CHANNELS[arguments.size])
-        self.pictures = draw_folder(folder / "pictures", PICTURES, PIXELS, 0)
+        self.model = make_model(folder / "model", CHANNELS[arguments.size], arguments.autoencoder)
+        self.pixels = SIDE * FACTOR[arguments.autoencoder]
+        self.pictures = draw_folder(folder / "pictures", PICTURES, self.pixels, 0)
 
     def ours(self, *more: str, threads: int | None = None, ranks: int = 1, **changes: object) -> dict:
         out = Path(tempfile.mkdtemp(dir=self.folder))
@@ -106,7 +120,7 @@ class Bench:
         recipe = {
             "phase": "diffusion", "out": str(out / "run"), "pictures": pictures, "batch_size": self.arguments.batch,
             "checkpoint_every": 10 * pictures,
-            "data": {"folder": str(self.pictures), "size": PIXELS, "caption_dropout": 0.0},
+            "data": {"folder": str(self.pictures), "size": self.pixels, "caption_dropout": 0.0},
             "model": {"init_from": str(self.model), "train": ["unet.*"]},
             "optimizer": {"learning_rate": RATE, "betas": list(BETAS), "weight_decay": DECAY, "decay": "constant",
                           "clip": CLIP},
@@ -121,7 +135,7 @@ class Bench:
         out = Path(tempfile.mkdtemp(dir=self.folder))
         command = [str(self.arguments.script.resolve()), f"--pretrained_model_name_or_path={self.model}",
                    f"--train_data_dir={self.pictures}", f"--cache_dir={self.folder / 'datasets'}",
-                   f"--output_dir={out / 'run'}", f"--resolution={PIXELS}", "--center_crop", "--use_ema",
+                   f"--output_dir={out / 'run'}", f"--resolution={self.pixels}", "--center_crop", "--use_ema",
                    f"--train_batch_size={self.arguments.batch}", f"--max_train_steps={self.arguments.steps}",
                    "--checkpointing_steps=1000000", f"--learning_rate={RATE}", "--lr_scheduler=constant",
                    f"--adam_beta1={BETAS[0]}", f"--adam_beta2={BETAS[1]}", f"--adam_weight_decay={DECAY}",
@@ -204,6 +218,7 @@ def main() -> None:
     parser.add_argument("script", nargs="?", type=Path)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--size", choices=CHANNELS, default="small")
+    parser.add_argument("--autoencoder", choices=FACTOR, default="shipped", help="sd: of its structure, not trained")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
@@ -211,8 +226,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if (arguments.mode == "peer") != (arguments.script is not None):
         parser.error("peer needs the path of train_text_to_image.py, the other modes none")
-    print(f"U-Net {CHANNELS[arguments.size]} on {PIXELS // 4}x{PIXELS // 4} latents, batch {arguments.batch}, "
-          f"{arguments.steps} steps of which {WARM + 1} are not counted, {arguments.threads} threads, "
+    print(f"U-Net {CHANNELS[arguments.size]} on {SIDE}x{SIDE} latents, {arguments.autoencoder} autoencoder, batch "
+          f"{arguments.batch}, {arguments.steps} steps of which {WARM + 1} are not counted, {arguments.threads} threads, "
           f"n {arguments.rounds} rounds, torch {torch.__version__}", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         MODES[arguments.mode](Bench(Path(place), arguments))
