@@ -227,7 +227,7 @@ def main() -> None:
     if (arguments.mode == "peer") != (arguments.script is not None):
         parser.error("peer needs the path of train_text_to_image.py, the other modes none")
     print(f"U-Net {CHANNELS[arguments.size]} on {SIDE}x{SIDE} latents, {arguments.autoencoder} autoencoder, batch "
-          f"{arguments.batch}, {arguments.steps} steps of which {WARM + 1} are not counted, {arguments.threads} threads, "
+          f"{arguments.batch}, {arguments.steps} steps of which {WARM + 1} uncounted, {arguments.threads} threads, "
           f"n {arguments.rounds} rounds, torch {torch.__version__}", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         MODES[arguments.mode](Bench(Path(place), arguments))

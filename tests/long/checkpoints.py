@@ -82,7 +82,7 @@ def deaths(folder: Path) -> str:
             failures += None in codes or sound(to) < 2
             place += 1
         places += place - 1
-    return (f"R2  ended at {places} writes, flushes, renames and removals (of 1, of either of 2 processes): {failures} fail;"
+    return (f"R2  ended at {places} writes, flushes, renames, removals (of 1, of either of 2 processes): {failures} fail;"
             f" the other process ended within {slowest:.1f} s")  # fmt: skip
 
 
