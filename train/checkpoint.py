@@ -1,30 +1,28 @@
-"""Checkpoints that a kill at any instant cannot break: written aside, flushed, manifest last, one rename, then pruned.
+"""Saving so that a kill at any instant leaves a sound checkpoint, and finding it again; many processes, one outcome.
 
-A checkpoint is a folder named by pictures seen: safetensors files, state.json, and manifest.json with the size and
-sha256 of each. It counts only when its manifest verifies; otherwise the one before it is used. No pickle.
+Each process writes its share aside and flushes it; the manifest comes last, then one rename, then everything is read
+again, and only then are old ones removed. What fails on one process has failed on all: none waits for another, and
+nothing half written bears a checkpoint's name. The files themselves: checkpoint_files.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
 import uuid
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from diffusion.errors import GazeError
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-STATE = "state.json"
+from . import checkpoint_files as files
+from .checkpoint_files import ALONE, Tensors
+from .processes import Processes
+
 SPARE = 1.2  # free space asked for before writing, in sizes of the checkpoint
+ATTEMPTS = 2  # at one save
+MOST_FAILED = 3  # saves in a row before the run ends
 
 
 class NotSaved(GazeError):
@@ -33,119 +31,165 @@ class NotSaved(GazeError):
     exit_code = 74
 
 
-def save(folder: Path, pictures: int, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any], keep: int) -> Path:
-    """Writes checkpoint `pictures` under `folder` and removes those before the newest `keep`.
+class Checkpoints:
+    """The checkpoints in a folder that all processes see. Every process calls every method, in the same order.
 
-    tensors: file stem -> tensors by name. state: JSON values; must hold "identity".
-    Raises NotSaved naming the path and the free space when the disk is full or refuses.
+    keep: how many sound ones stay at least, the newest.
     """
-    final = folder / f"{pictures:012d}"
-    aside = folder / f".tmp-{pictures}-{uuid.uuid4().hex[:8]}"
-    size = sum(value.numel() * value.element_size() for values in tensors.values() for value in values.values())
-    try:
-        aside.mkdir(parents=True)
-        if shutil.disk_usage(folder).free < SPARE * size:
-            raise OSError("no space left on device")
-        for stem, values in tensors.items():
-            packed = {name: value.detach().cpu().contiguous() for name, value in values.items()}
-            save_file(packed, aside / f"{stem}.safetensors")
-        (aside / STATE).write_text(json.dumps(state | {"pictures": pictures}, indent=2))
-        (aside / MANIFEST).write_text(_manifest(aside, pictures))
-        for path in (*aside.iterdir(), aside):
-            _flush(path)
-        if final.exists():  # broken, or the run would have gone on from it
-            shutil.rmtree(final)
-        os.replace(aside, final)
-        _flush(folder)
-        problem = verify(final)
-        if problem is not None:
-            raise OSError(f"after writing, {problem}")
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise NotSaved(
-            f"checkpoint {final} cannot be written: {error} (it takes {size / 1e6:.0f} MB)",
-            "free some space or repair the disk, then the same command; it goes on from the checkpoint before",
-        ) from error
-    # Newer ones can only be broken ones that this run passed over: they must not push out sound ones.
-    for old in [path for path in _folders(folder) if int(path.name) <= pictures][keep:]:
-        shutil.rmtree(old)
-    return final
+
+    def __init__(self, folder: Path, keep: int, processes: Processes = ALONE):
+        self.folder, self.keep, self.processes = folder, keep, processes
+        self.broken: set[Path] = set()
+        self.failed = 0  # saves in a row
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint to go on from, verified, or None to begin anew. resume: as in the recipe.
+
+        Raises GazeError when `resume` forbids what is there or names what cannot be used, when there are some but none
+        is whole, and when a process sees another folder than the others.
+        """
+        self._check_shared()
+        if resume not in ("auto", "never"):
+            problem = files.verify(Path(resume), self.processes)
+            if problem is not None:
+                raise GazeError(
+                    f"resume={resume}: it is no checkpoint to go on from: {problem}",
+                    "a folder such as RUN/checkpoints/000000020000, or resume=auto",
+                )
+            return Path(resume)
+        newest = self.newest()
+        if newest is not None and resume == "never":
+            raise GazeError(f"{self.folder} holds checkpoints and resume is never", "another out=DIR, or resume=auto")
+        return newest
+
+    def newest(self) -> Path | None:
+        """The newest checkpoint that verifies, or None without any. Broken ones are named in a warning, passed over.
+
+        Raises GazeError when there are some but none verifies: to begin anew is for the user to decide.
+        """
+        names = self.processes.gather([path.name for path in files.folders(self.folder)])[0]
+        problems = []
+        for path in (self.folder / name for name in names):
+            problem = files.verify(path, self.processes)
+            if problem is None:
+                return path
+            self.broken.add(path)
+            self._warn(f"checkpoint {path} is passed over: {problem}")
+            problems.append(problem)
+        if problems:
+            raise GazeError(
+                f"none of the {len(names)} checkpoints in {self.folder} can be used; the newest: {problems[0]}",
+                "another out=DIR; to begin anew here, remove them",
+            )
+        return None
+
+    def save(self, pictures: int, tensors: Tensors, state: Mapping[str, Any], last: bool = False) -> Path | None:
+        """Writes the checkpoint of `pictures` and removes those before the newest `keep`. None: it failed, with a
+        warning, and the run may go on.
+
+        tensors: the same names on all processes; a DTensor is gathered, any other tensor is the same on all.
+        state: JSON values; must hold what `load` compares.
+        last: no later save will make up for it. Raises NotSaved for a last one, and at the third failure in a row.
+        """
+        final = self.folder / files.name_of(pictures)
+        size = files.total_bytes(tensors)
+        own = files.own_share(tensors, self.processes)
+        for _ in range(ATTEMPTS):
+            try:
+                self._write(final, own, size, state)
+            except OSError as error:
+                problem = error
+            else:
+                self.failed = 0
+                self.broken.discard(final)
+                if self.processes.first:
+                    self._prune(pictures)
+                return final
+        self.failed += 1
+        free = min(self.processes.gather(_free(self.folder)))
+        text = f"checkpoint {final} cannot be written: {problem} (needed: {SPARE * size:.0f} bytes, free: {free} bytes)"
+        if last or self.failed == MOST_FAILED:
+            hint = "free some space or repair the disk, then the same command; it goes on from the checkpoint before"
+            raise NotSaved(text, hint)
+        self._warn(f"{text}; the run goes on and tries again at the next one ({self.failed} of {MOST_FAILED})")
+        return None
+
+    def remove_leftovers(self) -> None:
+        """Removes what a killed run left half written. Only for the run that writes here, before its first save."""
+        if self.processes.first:
+            for leftover in self.folder.glob(".tmp-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def _write(self, final: Path, own: Tensors, size: int, state: Mapping[str, Any]) -> None:
+        """Raises OSError on all processes, with the same words, when one of them fails; nothing is left then."""
+        aside = self.folder / self.processes.gather(f".tmp-{final.name}-{uuid.uuid4().hex[:8]}")[0]
+        try:
+            self._together(lambda: aside.mkdir(parents=True), self.processes.first)
+            self._together(lambda: _check_free(aside, size))
+            parts = self._together(lambda: files.write_share(aside, own, self.processes.rank))
+            manifest = {
+                "format": files.FORMAT,
+                "pictures": int(final.name),
+                "processes": self.processes.count,
+                "state": state,
+                "files": {name: file for part in parts for name, file in part.items()},
+            }
+            self._together(lambda: files.publish(aside, final, manifest), self.processes.first)
+            problem = files.verify(final, self.processes)
+            if problem is not None:
+                self._together(lambda: files.discard(final), self.processes.first)
+                raise OSError(f"read again after writing: {problem}")
+        finally:
+            if self.processes.first:
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _together(self, action: Callable[[], Any], taking_part: bool = True) -> list[Any]:
+        """What `action` returns on each process that takes part. Raises OSError on all when it fails on one."""
+        result, problem = None, None
+        try:
+            result = action() if taking_part else None
+        except (OSError, MemoryError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        outcomes = self.processes.gather([result, problem])
+        for rank, (_, problem) in enumerate(outcomes):
+            if problem is not None:
+                raise OSError(f"in process {rank}, {problem}")
+        return [result for result, _ in outcomes]
+
+    def _prune(self, pictures: int) -> None:
+        """Newer ones than `pictures` are those that this run passed over or went back from: they push out nothing."""
+        paths = [path for path in files.folders(self.folder) if int(path.name) <= pictures]
+        sound = [path for path in paths if path not in self.broken]
+        try:
+            for old in set(paths) - set(sound[: self.keep]):
+                files.discard(old)
+        except OSError as error:
+            self._warn(f"an old checkpoint cannot be removed: {error}")
+
+    def _check_shared(self) -> None:
+        mark = self.folder.parent / self.processes.gather(f".tmp-{uuid.uuid4().hex}")[0]
+        if self.processes.first:
+            mark.mkdir(parents=True)
+        self.processes.wait()
+        seen = self.processes.gather(mark.exists())
+        if self.processes.first:
+            mark.rmdir()
+        if not all(seen):
+            raise GazeError(
+                f"process {seen.index(False)} does not see what process 0 writes into {mark.parent.resolve()}",
+                "out=DIR on a file system that all machines share",
+            )
+
+    def _warn(self, text: str) -> None:
+        if self.processes.first:
+            warnings.warn(text, stacklevel=3)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None without any. Broken ones are named in a warning and passed over.
-
-    Raises GazeError when there are some but none verifies: to begin anew is for the user to decide.
-    """
-    paths = _folders(folder)
-    for path in paths:
-        problem = verify(path)
-        if problem is None:
-            return path
-        warnings.warn(f"checkpoint {path} is passed over: {problem}", stacklevel=2)
-    if paths:
-        raise GazeError(f"none of the {len(paths)} checkpoints in {folder} is whole", "remove them to begin anew")
-    return None
+def _check_free(folder: Path, size: int) -> None:
+    if _free(folder) < SPARE * size:
+        raise OSError("no space left on device")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed run left half written. Only for the process that writes here."""
-    for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-def verify(path: Path) -> str | None:
-    """None when the manifest is, to the byte, the one that the files ask for, else what is wrong."""
-    try:
-        written = (path / MANIFEST).read_text()
-        found = _manifest(path, int(path.name))
-        if written == found:
-            return None
-        before, after = json.loads(written), json.loads(found)
-        if before["format"] != FORMAT:
-            return f"it has format {before['format']}, this version reads {FORMAT}"
-        names = sorted(before["files"].keys() | after["files"].keys())
-        wrong = [name for name in names if before["files"].get(name) != after["files"].get(name)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return f"{', '.join(wrong) or MANIFEST} changed since it was written"
-
-
-def load(path: Path, identity: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors by file stem and the state of a verified checkpoint; GazeError when it is of another recipe."""
-    state = json.loads((path / STATE).read_text())
-    if state["identity"] != identity:
-        raise GazeError(
-            f"checkpoint {path} was written by another recipe, other data, another tokenizer or another autoencoder",
-            f"another out=DIR, or {path.parent.parent / 'recipe.yaml'}, the recipe that it was written by",
-        )
-    return {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}, state
-
-
-def _folders(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
-    paths = [path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
-    return sorted(paths, key=lambda path: int(path.name), reverse=True)
-
-
-def _manifest(folder: Path, pictures: int) -> str:
-    """The text of the manifest that fits the files now in the folder."""
-    paths = sorted([*folder.glob("*.safetensors"), folder / STATE])
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
-    return json.dumps({"format": FORMAT, "pictures": pictures, "files": files}, indent=2)
-
-
-def _sha256(path: Path) -> str:
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            total.update(chunk)
-    return total.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _free(folder: Path) -> int:
+    """Bytes left where the folder is, or will be."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free

@@ -170,8 +170,12 @@ class Recipe(Section):
             raise ValueError(f"model.init_from is for phase diffusion, not {self.phase}")
         return self
 
+    def lasting(self) -> dict[str, Any]:
+        """What a checkpoint depends on, as JSON; where and how often a run writes is left out."""
+        return self.model_dump(mode="json", exclude=_MAY_CHANGE)
+
     def identity(self) -> str:
-        """A hash of everything that a checkpoint depends on; where and how often a run writes is left out.
+        """A hash of what a checkpoint depends on.
 
         Options at their defaults do not count, so that one added in a later version leaves old runs resumable.
         """

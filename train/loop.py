@@ -79,7 +79,7 @@ def train(recipe: Recipe) -> Path:
                 if due(recipe.validation.every):
                     show(run, metrics)
                 if due(recipe.checkpoint_every) or stopping:
-                    run.save()
+                    run.save(last=stopping or run.seen >= recipe.pictures)
                 if stopping and run.seen < recipe.pictures:
                     raise Stopped(run.seen)
         if processes.first:

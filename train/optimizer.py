@@ -56,4 +56,4 @@ def load_optimizer_tensors(
     for flat, value in tensors.items():
         name, key = flat.rsplit(":", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device)  # the step count too: fused AdamW asks for it
+        optimizer.state[parameter][key] = value.to(parameter.device, copy=True)  # the step too, as fused AdamW asks

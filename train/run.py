@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import yaml
@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 from diffusion.errors import GazeError
 from pipelines.files import check_writable
 
-from . import checkpoint
+from .checkpoint import Checkpoints
+from .checkpoint_files import load as load_checkpoint
 from .config import Recipe
 from .data.drawn import draw_folder
 from .data.folder import Batches, Captioned, Sample, check, read_folder
@@ -61,7 +62,8 @@ class Run:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     averages: EMA
-    identity: str
+    checkpoints: Checkpoints
+    state: dict[str, Any]  # of every checkpoint: what it belongs to
     batches: Iterator[list[Sample]]
     seen: int
 
@@ -77,15 +79,12 @@ class Run:
             group["lr"] = rate * group["share"]
         return rate
 
-    def save(self) -> None:
-        """Writes a checkpoint."""
-        if self.processes.first:
-            names = {value: name for name, value in self.parameters.items()}
-            tensors = {"model": self.phase.module.state_dict(), "ema": self.averages.state_dict()}
-            tensors["optimizer"] = optimizer_tensors(self.optimizer, names)
-            state = {"identity": self.identity, "processes": self.processes.count}
-            checkpoint.save(self.recipe.out / "checkpoints", self.seen, tensors, state, self.recipe.keep)
-        self.processes.wait()
+    def save(self, last: bool) -> None:
+        """Writes a checkpoint. last: that it fails is an error at once, for no later one would make it good."""
+        names = {value: name for name, value in self.parameters.items()}
+        tensors = {"model": self.phase.module.state_dict(), "ema": self.averages.state_dict()}
+        tensors["optimizer"] = optimizer_tensors(self.optimizer, names)
+        self.checkpoints.save(self.seen, tensors, self.state, last)
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> Run:
@@ -95,14 +94,14 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     processes.wait()
     data = read_data(recipe, processes.first)
     phase = make_phase(recipe, data, accelerator.device)
-    identity = identify(recipe, data, phase)
+    state = belongs_to(recipe, data, phase)
+    checkpoints = Checkpoints(recipe.out / "checkpoints", recipe.keep, processes)
     module, optimizer = accelerator.prepare(phase.module, make_optimizer(phase.module, recipe.optimizer))
-    run = Run(
-        recipe, processes, phase, module, optimizer, EMA(phase.module, recipe.ema.half_life), identity, iter(()), 0
-    )
+    averages = EMA(phase.module, recipe.ema.half_life)
+    run = Run(recipe, processes, phase, module, optimizer, averages, checkpoints, state, iter(()), 0)
     resume(run)
+    checkpoints.remove_leftovers()
     if processes.first:
-        checkpoint.remove_leftovers(recipe.out / "checkpoints")
         (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     if recipe.compile:
         run.module = torch.compile(module)
@@ -151,29 +150,24 @@ def make_phase(recipe: Recipe, data: Captioned, device: torch.device) -> Phase:
     return DiffusionPhase(recipe, data, device)
 
 
-def identify(recipe: Recipe, data: Captioned, phase: Phase) -> str:
-    """What a checkpoint and the run that goes on from it must share."""
-    return "-".join(filter(None, [recipe.identity(), data.fingerprint(), phase.fingerprint()]))
+def belongs_to(recipe: Recipe, data: Captioned, phase: Phase) -> dict[str, Any]:
+    """What a checkpoint and the run that goes on from it must share, and the recipe for who wants to know what differs."""
+    identity = "-".join(filter(None, [recipe.identity(), data.fingerprint(), phase.fingerprint()]))
+    return {"identity": identity, "recipe": recipe.lasting()}
 
 
 def resume(run: Run) -> None:
-    """Loads the newest sound checkpoint of the run, if there is one."""
-    recipe = run.recipe
-    with warnings.catch_warnings():
-        if not run.processes.first:
-            warnings.simplefilter("ignore")
-        newest = checkpoint.newest(recipe.out / "checkpoints")
-    if newest is None:
+    """Loads the checkpoint that the run goes on from, if there is one."""
+    found = run.checkpoints.find(run.recipe.resume)
+    if found is None:
         return
-    if recipe.resume == "never":
-        raise GazeError(f"{recipe.out} holds checkpoints and resume is never", "another out=DIR, or resume=auto")
-    tensors, state = checkpoint.load(newest, run.identity)
+    tensors, _ = load_checkpoint(found, run.state)
     assign(run.phase.module, tensors["model"])
     run.averages.load_state_dict(tensors["ema"])
     load_optimizer_tensors(run.optimizer, {value: name for name, value in run.parameters.items()}, tensors["optimizer"])
-    run.seen = state["pictures"]
+    run.seen = int(found.name)
     if run.processes.first:
-        print(f"resumed from {newest}", file=sys.stderr)
+        print(f"resumed from {found}", file=sys.stderr)
 
 
 def load(recipe: Recipe, data: Captioned, start: int, processes: Processes) -> Iterator[list[Sample]]:
@@ -185,13 +179,13 @@ def load(recipe: Recipe, data: Captioned, start: int, processes: Processes) -> I
 
 def export(recipe: Recipe) -> Path:
     """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there."""
-    newest = checkpoint.newest(recipe.out / "checkpoints")
+    newest = Checkpoints(recipe.out / "checkpoints", recipe.keep).newest()
     if newest is None:
         raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
     data = read_data(recipe, report=False)
     uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
     phase = make_phase(uncached, data, torch.device("cpu"))
-    tensors, _ = checkpoint.load(newest, identify(recipe, data, phase))
+    tensors, _ = load_checkpoint(newest, belongs_to(recipe, data, phase))
     phase.module.load_state_dict(tensors["model"] | tensors["ema"])
     phase.export(recipe.out / "model")
     return recipe.out / "model"

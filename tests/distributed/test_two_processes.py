@@ -132,7 +132,7 @@ def test_the_command_under_accelerate(tmp_path, data, vae):
     assert done.stdout == f"{tmp_path / 'run' / 'model'}\n"
     assert done.stderr.splitlines()[0].startswith("16/16 pictures  loss"), done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
-    assert json.loads(newest_files(tmp_path / "run")["state.json"])["processes"] == 2
+    assert json.loads(newest_files(tmp_path / "run")["manifest.json"])["processes"] == 2
 
 
 def test_a_launcher_that_cannot_say_how_many_is_answered(tmp_path, monkeypatch):

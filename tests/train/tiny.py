@@ -143,7 +143,8 @@ def weights(out: Path, part: str = "model") -> dict[str, Any]:
     """The tensors of the newest checkpoint."""
     from safetensors.torch import load_file
 
-    return load_file(max((out / "checkpoints").glob("[0-9]*")) / f"{part}.safetensors")
+    files = max((out / "checkpoints").glob("[0-9]*")).glob(f"{part}-*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> float:

@@ -1,0 +1,241 @@
+"""A checkpoint on the disk: a folder named by pictures seen, in safetensors and JSON. No pickle.
+
+Its tensors are split over the processes that wrote it, `STEM-RANK.safetensors`, each whole in one file: any number of
+processes reads what any number wrote, however they shard. manifest.json holds the rest: format, pictures, processes,
+the run's state, size and sha256 of each file, and its own sha256 (in every format after the first). A checkpoint
+counts only when all of that agrees to the bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from diffusion.errors import GazeError
+from diffusion.files import TYPES
+
+from .processes import Processes
+
+FORMAT = 2
+FIRST = 1  # the format whose manifest does not vouch for itself
+MANIFEST = "manifest.json"
+DTYPES = {dtype: name for name, dtype in TYPES.items()}
+ALONE = Processes()
+
+Tensors = dict[str, dict[str, Tensor]]  # file stem -> tensors by name
+K = TypeVar("K", str, tuple[str, str])
+
+
+def verify(path: Path, processes: Processes = ALONE) -> str | None:
+    """None when every file is to the bit what the manifest says, and that what was written, else what is wrong.
+
+    Every process calls it, hashes a share of the files and gets the same answer.
+    """
+    return next(filter(None, processes.gather(_problem(path, processes))), None)
+
+
+def load(path: Path, own: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors, on the CPU, and the state of a verified checkpoint.
+
+    The tensors are views of the mapped files, which take memory only once touched and may be removed during the run:
+    keep copies (`placed`). own: identity and recipe of this run. GazeError: the checkpoint is of another recipe.
+    """
+    manifest = _read_manifest(path)
+    state = manifest["state"]
+    if state["identity"] != own["identity"]:
+        changed = differences(state["recipe"], own["recipe"])
+        other = f"by another recipe: {changed}" if changed else "over other data, another tokenizer or autoencoder"
+        raise GazeError(
+            f"checkpoint {path} was written {other}",
+            f"another out=DIR, or {path.parent.parent / 'recipe.yaml'}, the recipe that it was written by",
+        )
+    tensors: Tensors = {}
+    for name in manifest["files"]:
+        tensors.setdefault(name.rpartition("-")[0], {}).update(load_file(path / name))
+    return tensors, state
+
+
+def placed(value: Tensor, like: Tensor) -> Tensor:
+    """A copy of a whole value on the device of `like`; where that is a DTensor, of the part that lies here."""
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return value.to(like.device, copy=True)
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The keys, as key.path, whose values differ between two recipes as JSON, with both values; "" for none."""
+    old, new = _flat(before), _flat(now)
+    names = [name for name in old | new if old.get(name) != new.get(name)]
+    changed = [f"{name} {json.dumps(old.get(name))}, now {json.dumps(new.get(name))}" for name in names]
+    return "; ".join(changed[:5]) + (f" and {len(changed) - 5} more" if len(changed) > 5 else "")
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def own_share(tensors: Tensors, processes: Processes) -> Tensors:
+    """The tensors that this process writes, whole and on the CPU. All gather together, one tensor at a time."""
+    flat = {(stem, name): value.detach() for stem, values in tensors.items() for name, value in values.items()}
+    owner = _shares({key: _bytes(value) for key, value in flat.items()}, processes.count)
+    own: Tensors = {stem: {} for stem in tensors}
+    for (stem, name), value in sorted(flat.items(), key=lambda item: item[0]):
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        if owner[stem, name] == processes.rank:
+            own[stem][name] = whole.cpu().contiguous()
+    return own
+
+
+def _shares(sizes: Mapping[K, int], count: int) -> dict[K, int]:
+    """The process that each falls to: the largest first, always to the process with the least so far."""
+    loads = [(0, rank) for rank in range(count)]
+    owner = {}
+    for key in sorted(sizes, key=lambda key: (-sizes[key], key)):
+        load, owner[key] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[key], owner[key]))
+    return owner
+
+
+def write_share(folder: Path, own: Tensors, rank: int) -> dict[str, dict[str, Any]]:
+    """Writes this process's files. The first process's are there even when empty, so that no stem is lost."""
+    return {
+        f"{stem}-{rank:05d}.safetensors": _write_flushed(folder / f"{stem}-{rank:05d}.safetensors", _parts(values))
+        for stem, values in own.items()
+        if values or rank == 0
+    }
+
+
+def _parts(tensors: Mapping[str, Tensor]) -> Iterable[bytes | memoryview]:
+    """A safetensors file in parts: the length of the header, the header, each tensor; nothing is copied."""
+    # The widest types first: every tensor then begins at a multiple of its own width.
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries, end = {}, 0
+    for name in names:
+        value, begin = tensors[name], end
+        end += _bytes(value)
+        entries[name] = {"dtype": DTYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for name in names:
+        yield memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def _write_flushed(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Writes a file and waits until the disk has it. Its size and the sha256 of what was meant."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part)
+            digest.update(part)
+            size += len(part)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def publish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Seals the folder and gives it its name, in the place of what may have it: a broken one, or the same one."""
+    _write_flushed(aside / MANIFEST, [_sealed(manifest)])
+    _flush(aside)
+    if final.exists():
+        discard(final)
+    os.replace(aside, final)
+    _flush(final.parent)
+    _flush(final.parent.parent)
+
+
+def discard(path: Path) -> None:
+    """Removes a checkpoint; at no instant does half of one bear its name."""
+    gone = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    os.replace(path, gone)
+    shutil.rmtree(gone)
+
+
+def _sealed(manifest: Mapping[str, Any]) -> bytes:
+    """The file of a manifest, which ends with the sha256 of what comes before."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return json.dumps({**manifest, "sha256": digest}, indent=2).encode()
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Raises ValueError, KeyError or TypeError when it is not what was written, or of another format."""
+    content = (path / MANIFEST).read_bytes()
+    manifest = json.loads(content)
+    version, _ = manifest["format"], manifest.pop("sha256", None)
+    if version != FIRST and content != _sealed(manifest):
+        raise ValueError(f"{MANIFEST} changed since it was written")
+    if version != FORMAT:
+        age = "a later" if version > FORMAT else "an earlier"
+        raise ValueError(f"it has format {version}, of {age} version of Gaze, and this one reads {FORMAT}")
+    return manifest
+
+
+def _problem(path: Path, processes: Processes) -> str | None:
+    """What is wrong with the manifest, the list of files, or this process's share of them."""
+    try:
+        manifest = _read_manifest(path)
+        if path.name != name_of(manifest["pictures"]):
+            return f"it is the checkpoint of {manifest['pictures']} pictures under another name"
+        files = manifest["files"]
+        owner = _shares({name: file["bytes"] for name, file in files.items()}, processes.count)
+        wrong = {file.name for file in path.glob("*.safetensors")} ^ files.keys()
+        mine = [name for name in files.keys() - wrong if owner[name] == processes.rank]
+        wrong |= {name for name in mine if _described(path / name) != files[name]}
+    except ValueError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return f"{', '.join(sorted(wrong))} changed since it was written" if wrong else None
+
+
+def name_of(pictures: int) -> str:
+    return f"{pictures:012d}"
+
+
+def folders(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    paths = [path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(paths, key=lambda path: int(path.name), reverse=True)
+
+
+def total_bytes(tensors: Tensors) -> int:
+    return sum(_bytes(value) for values in tensors.values() for value in values.values())
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Size and sha256 of what is on the disk."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
