@@ -1,7 +1,8 @@
 """A diffusers model folder, or a single file, <-> the objects of this package.
 
 A folder holds model_index.json and unet/, vae/, text_encoder/, tokenizer/, scheduler/, weights as safetensors only.
-generation_config.json, which diffusers ignores, holds the steps, guidance scale and sampler that suit the model.
+generation_config.json, which diffusers ignores, holds the steps, guidance scale and sampler that suit the model, and
+mask_padding where it was trained so.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Model:
     """Everything that a prompt needs to become a picture.
 
     scheduler: name of the sampler that the folder's scheduler class and options ask for.
-    defaults: num_inference_steps, guidance_scale and scheduler that suit the model; may be empty.
+    defaults: num_inference_steps, guidance_scale and scheduler that suit the model, and mask_padding; may be empty.
     text_2: SDXL's second text encoder, whose pooled vector the U-Net takes.
     zeros: no negative prompt means a condition of zeros, not the empty prompt (SDXL).
     """
@@ -69,6 +70,11 @@ class Model:
     def texts(self) -> dict[str, TextEncoder]:
         """The text encoders, by the names of their folders."""
         return {"text_encoder": self.text} | ({} if self.text_2 is None else {"text_encoder_2": self.text_2})
+
+    @property
+    def mask_padding(self) -> bool:
+        """Whether the U-Net was trained without the tokens that fill the window after a prompt's end."""
+        return self.defaults.get("mask_padding") is True
 
     @property
     def inpaints(self) -> bool:
@@ -92,9 +98,10 @@ class Model:
         context_BSE, vector_BV = condition.context_BSE, condition.vector_BV
         blank_B = torch.tensor([prompt is None for prompt in prompts], device=context_BSE.device)
         context_BSE = context_BSE.masked_fill(blank_B[:, None, None], 0)
-        if vector_BV is None:
-            return Condition(context_BSE)
-        return Condition(context_BSE, self.unet.vector(vector_BV.masked_fill(blank_B[:, None], 0), sizes))
+        seen_BS = condition.seen_BS if self.mask_padding else None
+        if vector_BV is not None:
+            vector_BV = self.unet.vector(vector_BV.masked_fill(blank_B[:, None], 0), sizes)
+        return Condition(context_BSE, vector_BV, seen_BS)
 
 
 def load_model(
