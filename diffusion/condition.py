@@ -34,6 +34,13 @@ class Condition:
         return Condition(self.context_BSE[rows], vector, seen)
 
 
+def blank(condition: Condition, rows_B: Tensor) -> Condition:
+    """The same with zeros in these rows (True): in SDXL a dropped prompt, where the vector is the pooled text alone."""
+    context_BSE, vector_BV = condition.context_BSE, condition.vector_BV
+    vector_BV = None if vector_BV is None else vector_BV.masked_fill(rows_B[:, None], 0)
+    return Condition(context_BSE.masked_fill(rows_B[:, None, None], 0), vector_BV, condition.seen_BS)
+
+
 def join(conditions: Sequence[Condition]) -> Condition:
     """One batch out of several, in their order; all of the same S, E and V, all with a vector or none, and so with
     seen."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .autoencoder import Autoencoder
-from .condition import Condition
+from .condition import Condition, blank
 from .errors import GazeError
 from .files import load_strictly, read_json, replacing, write_json
 from .hub import local_path
@@ -94,14 +94,10 @@ class Model:
         """Prompts -> their condition, see `TextEncoder.encode`. None is a row of zeros. sizes: SDXL's six numbers, see
         `UNet.vector`."""
         readings = [self.read(prompt or "") if isinstance(prompt, str | None) else prompt for prompt in prompts]
-        condition = encode([*self.texts.values()], readings, chunks)
-        context_BSE, vector_BV = condition.context_BSE, condition.vector_BV
-        blank_B = torch.tensor([prompt is None for prompt in prompts], device=context_BSE.device)
-        context_BSE = context_BSE.masked_fill(blank_B[:, None, None], 0)
-        seen_BS = condition.seen_BS if self.mask_padding else None
-        if vector_BV is not None:
-            vector_BV = self.unet.vector(vector_BV.masked_fill(blank_B[:, None], 0), sizes)
-        return Condition(context_BSE, vector_BV, seen_BS)
+        text = encode([*self.texts.values()], readings, chunks)
+        text = blank(text, torch.tensor([prompt is None for prompt in prompts], device=text.context_BSE.device))
+        vector_BV = None if text.vector_BV is None else self.unet.vector(text.vector_BV, sizes)
+        return Condition(text.context_BSE, vector_BV, text.seen_BS if self.mask_padding else None)
 
 
 def load_model(

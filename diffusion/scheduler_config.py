@@ -94,6 +94,7 @@ OF_TABLE = {"prediction_type": PREDICTION_TYPES, "shift_terminal": (None,), "use
 FLOW_HINT = f"; a flow-matching model's solver has use_flow_sigmas and prediction_type {FLOW!r} together"
 OF_FLOW = {"prediction_type": (FLOW,), "use_flow_sigmas": (True,)}
 EDM_CHOICES = {"prediction_type": ("epsilon", "v_prediction"), "sigma_schedule": ("karras", "exponential")}
+OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {"table": OF_TABLE, FLOW: OF_FLOW, EDM: EDM_CHOICES}
 # Options of a method alone, and the values that the samplers of this package honour. With another one, the method of
 # a model's folder is diffusers' own class (schedulers.py).
 METHOD: dict[str, tuple[Any, ...]] = {
@@ -195,6 +196,11 @@ def is_edm(config: dict[str, Any]) -> bool:
     return config.get("_class_name") in EDM_SCHEDULERS
 
 
+def kind_of(config: dict[str, Any]) -> str:
+    """Which kind of model a scheduler_config.json is of: FLOW, EDM or "table"."""
+    return FLOW if is_flow(config) else EDM if is_edm(config) else "table"
+
+
 def of_method(config: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Those of METHOD that say nothing about this model."""
     own = OF_EDM if is_edm(config) else set()
@@ -208,7 +214,7 @@ def check_options(config: dict[str, Any]) -> None:
     if name not in (None, *known):
         raise GazeError(f"scheduler class {name!r:.100} is not supported: other noise, or an unknown one",
                         nearest(str(name), known))  # fmt: skip
-    choices = FIXED | CHOICES | (OF_FLOW if is_flow(config) else EDM_CHOICES if is_edm(config) else OF_TABLE)
+    choices = FIXED | CHOICES | OF_KIND[kind_of(config)]
     read, methods = READ | (OF_EDM if is_edm(config) else set()), of_method(config)
     for option, value in config.items():
         if isinstance(value, int) and abs(value) > MOST:

@@ -26,8 +26,7 @@ from .scheduler_config import (
     MOST,
     PREDICTION_TYPES,
     check_options,
-    is_edm,
-    is_flow,
+    kind_of,
     of_method,
 )
 from .spacing import LEVEL_SPACINGS, SPACINGS
@@ -131,7 +130,7 @@ def prepare(scheduler: Any, schedule: NoiseSchedule, steps: int, spacing: str | 
 def default_name(class_name: str, config: Mapping[str, Any]) -> str:
     """The sampler that a model's folder asks for by class and scheduler_config.json: ours, where it does what all the
     options say, else the class. Raises GazeError for a class that does not fit."""
-    kind = FLOWS if is_flow(dict(config)) else EDMS if is_edm(dict(config)) else TABLE
+    kind = {FLOW: FLOWS, EDM: EDMS}.get(kind_of(dict(config)), TABLE)
     if class_name not in kind.classes:
         raise _unknown(class_name, kind)
     honoured = all(config.get(option, values[0]) in values for option, values in of_method(dict(config)).items())

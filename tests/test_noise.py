@@ -143,7 +143,7 @@ def test_exponential_and_beta_levels():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"_class_name": "EDMEulerScheduler"}, ["EDMEulerScheduler", "EulerDiscrete"]),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, ["CMStochasticIterativeScheduler", "did you mean"]),
         ({"beta_strat": 0.1}, ["beta_strat", "0.1", "beta_start"]),
         ({"use_flow_sigmas": True}, ["use_flow_sigmas", "True"]),
         ({"timestep_type": "continuous"}, ["timestep_type", "continuous", "discrete"]),

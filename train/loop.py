@@ -44,8 +44,9 @@ class Phase(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
-        """The loss of each sample, B; module is self.module as Accelerate wrapped it."""
+    def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
+        """The loss of each sample, B; module is self.module as Accelerate wrapped it. u_B: in (0, 1), fixes each
+        sample's quantile of the density of noise levels, where the phase has one."""
 
     def measure(self) -> dict[str, float]:
         """Figures of the current weights for the log."""
