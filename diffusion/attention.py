@@ -8,7 +8,7 @@ Vaswani et al. 2017 (attention, eq. 1), Shazeer 2020 (GEGLU), Rombach et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Attention(nn.Module):
     that layer; deleting it there restores the fused kernel of the class.
     """
 
-    attend = staticmethod(F.scaled_dot_product_attention)
+    attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, heads: int, source_channels: int | None = None, bias: bool = False) -> None:
         super().__init__()

@@ -55,7 +55,7 @@ def min_snr_weight(sigma: Tensor, schedule: NoiseSchedule, gamma: float = 5.0) -
 
 
 def soft_min_snr_weight(sigma: Tensor, schedule: NoiseSchedule, gamma: float = 5.0) -> Tensor:
-    """The same without the bend (Crowson et al. 2024, section 4.4): the picture's error counts 1 / (sigma^2 + 1 /
+    """The same without the bend (Crowson et al. 2024, soft-min-SNR): the picture's error counts 1 / (sigma^2 + 1 /
     gamma)."""
     return schedule.scaling(sigma).c_out ** 2 / (sigma**2 + 1 / gamma)
 
@@ -87,7 +87,7 @@ def uniform_timesteps(schedule: NoiseSchedule) -> Density:
 def log_normal(schedule: NoiseSchedule, mean: float, std: float) -> Density:
     """Quantile function of a normal density of log(sigma) (Karras et al. 2022, section 5): u in [0, 1] -> sigma,
     clamped to the levels of the schedule, so u = 0 and u = 1 are finite too. Of a flow's time sigma / (1 + sigma) it is
-    the logit-normal density (Esser et al. 2024, eq. 19)."""
+    the logit-normal density (Esser et al. 2024, section 3.1)."""
 
     def quantile(u: Tensor) -> Tensor:
         sigma = (mean + std * torch.special.ndtri(u.double())).exp()
