@@ -30,7 +30,7 @@ from torch import Tensor
 
 from diffusion.driver import drive
 from diffusion.errors import GazeError
-from diffusion.noise import NoiseSchedule, scaling
+from diffusion.noise import NoiseSchedule
 from diffusion.samplers import PictureNoise
 from diffusion.schedulers import FLOWS, TABLE, prepare
 
@@ -93,7 +93,7 @@ def loop(
     options = dict(zip(list(inspect.signature(scheduler.step).parameters)[3:], extra, strict=False)) | named
     schedule = NoiseSchedule.from_config({"_class_name": type(scheduler).__name__, **scheduler.config})
     prepare(scheduler, schedule, scheduler.num_inference_steps or len(scheduler.timesteps))
-    row, kind = CLASSES[type(scheduler).__name__], schedule.prediction_type
+    row = CLASSES[type(scheduler).__name__]
     # The suite has one generator for all pictures of a batch.
     noise = PictureNoise([options.pop("generator", None) or torch.default_generator], sample.shape[1:])
     timesteps = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
@@ -101,11 +101,11 @@ def loop(
 
     def denoise(x: Tensor, sigma: float) -> Tensor:
         level = torch.tensor(sigma, dtype=torch.float64)
-        c_skip, c_out, c_in = scaling(kind, level)
+        c_skip, c_out, c_in = schedule.scaling(level)
         return c_skip * x + c_out * model(c_in * x, schedule.timestep(level))
 
-    x = sample if row.exploding else sample / scaling(kind, sigmas[0]).c_in
-    path = drive(as_the_suite(scheduler, scaled), denoise, x, sigmas, noise, kind=kind, exploding=row.exploding,
+    x = sample if row.exploding else sample / schedule.scaling(sigmas[0]).c_in
+    path = drive(as_the_suite(scheduler, scaled), denoise, x, sigmas, noise, schedule=schedule, exploding=row.exploding,
                  options=options)  # fmt: skip
     *_, last = path
     return last.x_BCHW

@@ -8,12 +8,12 @@ Vaswani et al. 2017 (attention, eq. 1), Shazeer 2020 (GEGLU), Rombach et al. 202
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KeysValues = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, ...]  # k_BLSD, v_BLSD and, where tokens of the text are hidden, seen_B11S: True where not
 
 
 def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,11 +33,12 @@ def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class Attention(nn.Module):
     """Multi-head attention: of the picture to itself, or to a text of another width.
 
-    `attend` is the one seam: (q_BLND, k_BLSD, v_BLSD) -> out_BLND. Setting it on an instance replaces the kernel of
+    `attend` is the one seam: (q_BLND, k_BLSD, v_BLSD) -> out_BLND, with seen_B11S as a fourth argument where tokens of
+    the text are hidden. Setting it on an instance replaces the kernel of
     that layer; deleting it there restores the fused kernel of the class.
     """
 
-    attend = staticmethod(F.scaled_dot_product_attention)
+    attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
 
     def __init__(self, channels: int, heads: int, source_channels: int | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -56,8 +57,7 @@ class Attention(nn.Module):
         return self.split(self.to_k(source_BSE)), self.split(self.to_v(source_BSE))
 
     def forward(self, x_BNC: Tensor, keys_values: KeysValues) -> Tensor:
-        k_BLSD, v_BLSD = keys_values
-        out_BLND = self.attend(self.split(self.to_q(x_BNC)), k_BLSD, v_BLSD)
+        out_BLND = self.attend(self.split(self.to_q(x_BNC)), *keys_values)
         return self.to_out[0](out_BLND.transpose(1, 2).flatten(2))
 
 

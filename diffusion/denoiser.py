@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .condition import Condition, join
 from .guidance import Guidance, classifier_free, projected, rescaled
-from .noise import NoiseSchedule, scaling
+from .noise import NoiseSchedule
 
 if TYPE_CHECKING:
     from .unet import KeysValues, UNet
@@ -32,7 +32,7 @@ class Predictor:
 
     @cached_property
     def texts(self) -> Sequence[KeysValues]:
-        return self.unet.project_context(self.condition.context_BSE)
+        return self.unet.project_context(self.condition.context_BSE, self.condition.seen_BS)
 
     @cached_property
     def shifts(self) -> dict[float, list[Tensor]]:
@@ -95,7 +95,7 @@ class Denoiser:
     def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:
         """The clean picture clean_BCHW seen in x_BCHW at noise level sigma > 0, in the dtype of x."""
         guidance = self.guidance
-        c_skip, c_out, c_in = scaling(self.schedule.prediction_type, torch.tensor(sigma, dtype=torch.float64))
+        c_skip, c_out, c_in = self.schedule.scaling(torch.tensor(sigma, dtype=torch.float64))
         if self.both is None or not guidance.acts(sigma):
             return c_skip * x_BCHW + c_out * self.alone(c_in * x_BCHW, sigma)
         uncond, cond = self.both(c_in * x_BCHW, sigma).chunk(2)

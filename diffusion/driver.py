@@ -21,7 +21,7 @@ from torch import Tensor
 from .errors import GazeError
 from .foreign import Foreign
 from .methods import Denoise, Step
-from .noise import FlowSchedule, NoiseSchedule, scaling
+from .noise import EDMSchedule, FlowSchedule, NoiseSchedule
 from .samplers import PictureNoise, Trajectory, check_steps
 from .scheduler_config import FIXED
 
@@ -47,16 +47,16 @@ def driven(
         scheduler.set_timesteps(steps)
         timesteps = torch.as_tensor(scheduler.timesteps, dtype=torch.float64)
         sigmas = torch.cat([schedule.sigma(timesteps), torch.zeros(1, dtype=torch.float64)])
-        kind = schedule.prediction_type
-        run = partial(drive, scheduler, sigmas=sigmas, kind=kind, exploding=row.exploding, options=options)
-        start = float(getattr(scheduler, "init_noise_sigma", 1.0) / _frame(kind, sigmas[0], row.exploding))
+        run = partial(drive, scheduler, sigmas=sigmas, schedule=schedule, exploding=row.exploding, options=options)
+        start = float(getattr(scheduler, "init_noise_sigma", 1.0) / _frame(schedule, sigmas[0], row.exploding))
         # The classes find out in the middle of a run what they cannot do, some without an error.
         with torch.no_grad():
             path = [step.x_BCHW for step in run(lambda x, sigma: x / (1 + sigma**2), noise() * start, noise=noise)]
     except Exception as error:
         raise GazeError(f"{name} cannot do {steps} steps: {first_line(error)}", "other steps or options") from error
     outside = isinstance(schedule, FlowSchedule) and scheduler.sigmas.max() > 1
-    if timesteps.min() < 0 or outside or not all(bool(x.isfinite().all()) for x in path):
+    outside |= not isinstance(schedule, EDMSchedule) and bool(timesteps.min() < 0)
+    if outside or not all(bool(x.isfinite().all()) for x in path):
         raise GazeError(f"{name} does not work for {steps} steps: numbers that are not finite, or levels out of range",
                         "other steps, spacing or options")  # fmt: skip
     return Trajectory(name, steps, spacing, sigmas, start, run, row.calls_per_step)
@@ -83,14 +83,16 @@ def _same_levels(scheduler: Any, schedule: NoiseSchedule) -> bool:
     """Whether a timestep means the same to the scheduler and to the model."""
     if isinstance(schedule, FlowSchedule):
         return bool(scheduler.config.num_train_timesteps == len(schedule.sigmas_T))
+    if isinstance(schedule, EDMSchedule):
+        return bool(scheduler.config.sigma_data == schedule.sigma_data)
     signal_T = 1 / (1 + schedule.sigmas_T**2)
     theirs_T = scheduler.alphas_cumprod.double().cpu()
     return theirs_T.shape == signal_T.shape and bool((theirs_T - signal_T).abs().max() <= 1e-5)
 
 
-def _frame(kind: str, sigma: Tensor, exploding: bool) -> Tensor:
-    """The factor from clean + sigma * noise to the x of a scheduler, for a model of that prediction type."""
-    return torch.ones_like(sigma) if exploding else scaling(kind, sigma).c_in
+def _frame(schedule: NoiseSchedule, sigma: Tensor, exploding: bool) -> Tensor:
+    """The factor from clean + sigma * noise to the x of a scheduler."""
+    return torch.ones_like(sigma) if exploding else schedule.scaling(sigma).c_in
 
 
 def drive(
@@ -100,14 +102,14 @@ def drive(
     sigmas: Tensor,
     noise: PictureNoise,
     *,
-    kind: str,
+    schedule: NoiseSchedule,
     exploding: bool,
     options: Mapping[str, Any],
 ) -> Iterator[Step]:
     """Runs a copy of a diffusers scheduler whose timesteps are set, yielding a Step at every network call.
 
     x_BCHW: clean + sigma * noise at sigmas[0]. sigmas: the model's levels of the timesteps, or of the last of them, and
-    0 for the end, where diffusers takes what is there for the picture. kind: what the model predicts. options: further
+    0 for the end, where diffusers takes what is there for the picture. schedule: the model's. options: further
     arguments of the scheduler's step.
     """
     scheduler = copy.deepcopy(scheduler)
@@ -120,7 +122,7 @@ def drive(
     begin = len(scheduler.timesteps) + 1 - len(levels)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)  # else a first timestep that occurs twice is taken for the second one
-    x = x_BCHW * _frame(kind, levels[0], exploding)
+    x = x_BCHW * _frame(schedule, levels[0], exploding)
     order = inspect.signature(scheduler.step).parameters.get("order")
     for done, (timestep, (sigma, lower)) in enumerate(
         zip(scheduler.timesteps[begin:], pairwise(levels), strict=True), start=1
@@ -129,12 +131,12 @@ def drive(
             arguments["order"] = min(options.get("order", order.default), done)
         # Whatever the frame of x, the network's input is the same. Flow schedulers have no method to scale it.
         input_BCHW = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-        noisy_BCHW = input_BCHW / scaling(kind, sigma).c_in
+        noisy_BCHW = input_BCHW / schedule.scaling(sigma).c_in
         clean_BCHW = denoise(noisy_BCHW, sigma.item())
-        c_skip, c_out, _ = scaling(scheduler.config.get("prediction_type", kind), sigma)
+        c_skip, c_out, _ = schedule.scaling(sigma, scheduler.config.get("prediction_type"))
         output_BCHW = (clean_BCHW - c_skip * noisy_BCHW) / c_out
         x = scheduler.step(output_BCHW, timestep, x, **arguments).prev_sample
-        yield Step(x / _frame(kind, lower, exploding), clean_BCHW, lower.item())
+        yield Step(x / _frame(schedule, lower, exploding), clean_BCHW, lower.item())
 
 
 def first_line(error: Exception) -> str:

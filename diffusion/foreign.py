@@ -1,5 +1,5 @@
-"""The scheduler classes of diffusers: which fit a model with a table of noise levels, which a flow-matching model, and
-why the others fit neither."""
+"""The scheduler classes of diffusers: which fit a model with a table of noise levels, which a flow-matching model,
+which one with EDM's scalings, and why the others fit none."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -111,13 +111,20 @@ FLOW_FOREIGN = {
     ),
 }
 
+# Their levels are an option of their own, sigma_schedule.
+edm = partial(Foreign, exploding=True, outputs=("epsilon", "v_prediction"), spacings=(), levels=())
+EDM_FOREIGN = {
+    "EDMDPMSolverMultistepScheduler": edm("EDMDPMSolverMultistepScheduler", 2),
+    "EDMEulerScheduler": edm("EDMEulerScheduler", 1),
+}
+
 
 def of_class(rows: Mapping[str, Foreign]) -> dict[str, Foreign]:
     """The same by the names of the classes, without what a name stands for beside."""
     return {row.class_name: dataclasses.replace(row, options={}) for row in rows.values()}
 
 
-EDM = "it is for networks with EDM's own scalings"
+OTHER_SCALINGS = "it is for networks with scalings of its own"
 INVERSE = "it goes from a picture to noise"
 DISCRETE = "it fills in discrete tokens"
 STAGES = "it steps through the stages of a pyramid of picture sizes"
@@ -125,22 +132,20 @@ OTHER = "it belongs to another kind of model"
 MISFITS = {
     "AmusedScheduler": DISCRETE,
     "BlockRefinementScheduler": DISCRETE,
-    "CMStochasticIterativeScheduler": EDM,
+    "CMStochasticIterativeScheduler": OTHER_SCALINGS,
     "CogVideoXDDIMScheduler": "its noise table is shifted for video",
     "CogVideoXDPMScheduler": "its noise table is shifted for video",
     "ConsistencyDecoderScheduler": OTHER,
-    "CosineDPMSolverMultistepScheduler": EDM,
+    "CosineDPMSolverMultistepScheduler": OTHER_SCALINGS,
     "DDIMInverseScheduler": INVERSE,
     "DDPMWuerstchenScheduler": OTHER,
     "DPMSolverMultistepInverseScheduler": INVERSE,
     "DiscreteDDIMScheduler": DISCRETE,
-    "EDMDPMSolverMultistepScheduler": EDM,
-    "EDMEulerScheduler": EDM,
     "EntropyBoundScheduler": DISCRETE,
     "HeliosDMDScheduler": STAGES,
     "HeliosScheduler": STAGES,
     "IPNDMScheduler": "its noise table is its own, not the model's",
-    "KarrasVeScheduler": EDM,
+    "KarrasVeScheduler": OTHER_SCALINGS,
     "MiniMaxH3Scheduler": "its networks are told 1 - t and predict the flow with the other sign",
     "PiflowScheduler": "its networks predict several pictures at once",
     "RFD4ProteinaScheduler": OTHER,

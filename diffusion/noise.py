@@ -15,7 +15,17 @@ import torch
 from torch import Tensor
 
 from .errors import GazeError, nearest
-from .scheduler_config import DDPM_BETAS, FLOW, PREDICTION_TYPES, SCHEDULERS, check_options, is_flow
+from .scheduler_config import (
+    DDPM_BETAS,
+    EDM,
+    FLOW,
+    PREDICTION_TYPES,
+    SCHEDULERS,
+    check_options,
+    is_edm,
+    is_flow,
+)
+from .spacing import spaced_sigmas
 
 # The level of pure noise at a flow model's time 1, which is infinite: the least at which sigma / (1 + sigma) is 1 in
 # float64. Steps are means of clean and x, so a high level costs no digits.
@@ -64,7 +74,8 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "NoiseSchedule":
-        """Read diffusers' scheduler_config.json of any class in SCHEDULERS or, for a FlowSchedule, FLOW_SCHEDULERS.
+        """Read diffusers' scheduler_config.json of any class in SCHEDULERS or, for a FlowSchedule, FLOW_SCHEDULERS, or,
+        for an EDMSchedule, EDM_SCHEDULERS.
 
         Strict: an option is read, or fixed to the supported values, or the method's alone, or ignored for a stated
         reason; GazeError names an unknown or unsupported option and its value. The betas belong to the model, so where
@@ -73,6 +84,8 @@ class NoiseSchedule:
         check_options(config)
         if is_flow(config):
             return FlowSchedule.of_shift(config)
+        if is_edm(config):
+            return EDMSchedule.of_levels(config)
         kind, start, end = SCHEDULERS.get(config.get("_class_name", ""), DDPM_BETAS)
         betas_T = betas(
             config.get("beta_schedule", kind),
@@ -87,6 +100,16 @@ class NoiseSchedule:
         cumulative_T = (1 - betas_T).cumprod(0).clamp(min=2.0**-24 if config.get("rescale_betas_zero_snr") else 0)
         sigmas_T = ((1 - cumulative_T) / cumulative_T).sqrt().double()
         return cls(sigmas_T, config.get("prediction_type", "epsilon"), dict(config))
+
+    @property
+    def sigma_data(self) -> float:
+        """The deviation of a clean picture's values that the model was trained for."""
+        return 1.0
+
+    def scaling(self, sigma: Tensor, prediction_type: str | None = None) -> Scaling:
+        """What the network's output means at noise level sigma, see `scaling`; or what one of another prediction type
+        would mean for this model."""
+        return scaling(self.prediction_type if prediction_type is None else prediction_type, sigma)
 
     def sigma(self, timestep: Tensor) -> Tensor:
         """Noise level (float64, same shape) of a timestep, fractions between two training timesteps included:
@@ -133,6 +156,50 @@ class FlowSchedule(NoiseSchedule):
         """Timestep (float64, same shape, fractional) of a noise level: the inverse of `sigma`, up to rounding."""
         sigma = sigma.double()
         return sigma / (1 + sigma) * len(self.sigmas_T)
+
+
+class EDMSchedule(NoiseSchedule):
+    """The noise levels of a model with the scalings of Karras et al. 2022, which is told ln(sigma) / 4 (their table 1).
+
+    sigmas_T: their levels (eq. 5), or those even in log sigma, as config says: what "uniform" training visits.
+    """
+
+    @classmethod
+    def of_levels(cls, config: dict[str, Any]) -> "EDMSchedule":
+        """The schedule of a checked scheduler_config.json. Raises GazeError for a number out of range."""
+        options = EDM_LEVELS | config
+        total, low, high = options.get("num_train_timesteps", 1000), options["sigma_min"], options["sigma_max"]
+        if total < 2 or low >= high:
+            raise GazeError(f"sigma_min is {low}, sigma_max {high}, num_train_timesteps {total}",
+                            "sigma_min below sigma_max, and at least two timesteps")  # fmt: skip
+        sigmas_T = spaced_sigmas(options["sigma_schedule"], high, low, total, options["rho"])
+        return cls(sigmas_T.flip(0), EDM, dict(config))
+
+    @property
+    def sigma_data(self) -> float:
+        return float(self.config.get("sigma_data", 0.5))
+
+    def scaling(self, sigma: Tensor, prediction_type: str | None = None) -> Scaling:
+        """Karras et al. 2022, table 1, for the prediction type "epsilon"; with the other sign of c_out, so that the
+        output is a velocity, for "v_prediction". None: the model's own.
+
+        It is that of "v_prediction" for pictures of deviation sigma_data instead of 1."""
+        output = prediction_type or self.config.get("prediction_type", "epsilon")
+        sign = 1 if output == "v_prediction" else -1
+        c_skip, c_out, c_in = scaling("v_prediction", sigma / self.sigma_data)
+        return Scaling(c_skip, sign * self.sigma_data * c_out, c_in / self.sigma_data)
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        """Noise level (float64, same shape) of what the network is told."""
+        return (4 * timestep.double()).exp()
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """What the network is told of a noise level above 0 (float64, same shape)."""
+        return sigma.double().log() / 4
+
+
+# The options of an EDMSchedule's levels, where the file is silent.
+EDM_LEVELS: dict[str, Any] = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_schedule": "karras", "rho": 7.0}
 
 
 def flow_sigma(time: Tensor) -> Tensor:

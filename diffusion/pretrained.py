@@ -1,7 +1,8 @@
 """A diffusers model folder, or a single file, <-> the objects of this package.
 
 A folder holds model_index.json and unet/, vae/, text_encoder/, tokenizer/, scheduler/, weights as safetensors only.
-generation_config.json, which diffusers ignores, holds the steps, guidance scale and sampler that suit the model.
+generation_config.json, which diffusers ignores, holds the steps, guidance scale and sampler that suit the model, and
+mask_padding where it was trained so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from .autoencoder import Autoencoder
-from .condition import Condition
+from .condition import Condition, blank
 from .errors import GazeError
 from .files import load_strictly, read_json, replacing, write_json
 from .hub import local_path
@@ -51,7 +52,7 @@ class Model:
     """Everything that a prompt needs to become a picture.
 
     scheduler: name of the sampler that the folder's scheduler class and options ask for.
-    defaults: num_inference_steps, guidance_scale and scheduler that suit the model; may be empty.
+    defaults: num_inference_steps, guidance_scale and scheduler that suit the model, and mask_padding; may be empty.
     text_2: SDXL's second text encoder, whose pooled vector the U-Net takes.
     zeros: no negative prompt means a condition of zeros, not the empty prompt (SDXL).
     """
@@ -71,6 +72,11 @@ class Model:
         return {"text_encoder": self.text} | ({} if self.text_2 is None else {"text_encoder_2": self.text_2})
 
     @property
+    def mask_padding(self) -> bool:
+        """Whether the U-Net was trained without the tokens that fill the window after a prompt's end."""
+        return self.defaults.get("mask_padding") is True
+
+    @property
     def inpaints(self) -> bool:
         """Whether the U-Net takes a mask and a masked picture's latents beside the noisy latents."""
         return self.unet.config.in_channels > self.autoencoder.latent_channels
@@ -88,13 +94,10 @@ class Model:
         """Prompts -> their condition, see `TextEncoder.encode`. None is a row of zeros. sizes: SDXL's six numbers, see
         `UNet.vector`."""
         readings = [self.read(prompt or "") if isinstance(prompt, str | None) else prompt for prompt in prompts]
-        condition = encode([*self.texts.values()], readings, chunks)
-        context_BSE, vector_BV = condition.context_BSE, condition.vector_BV
-        blank_B = torch.tensor([prompt is None for prompt in prompts], device=context_BSE.device)
-        context_BSE = context_BSE.masked_fill(blank_B[:, None, None], 0)
-        if vector_BV is None:
-            return Condition(context_BSE)
-        return Condition(context_BSE, self.unet.vector(vector_BV.masked_fill(blank_B[:, None], 0), sizes))
+        text = encode([*self.texts.values()], readings, chunks)
+        text = blank(text, torch.tensor([prompt is None for prompt in prompts], device=text.context_BSE.device))
+        vector_BV = None if text.vector_BV is None else self.unet.vector(text.vector_BV, sizes)
+        return Condition(text.context_BSE, vector_BV, text.seen_BS if self.mask_padding else None)
 
 
 def load_model(

@@ -27,7 +27,7 @@ from .methods import (
     lcm,
     unipc,
 )
-from .noise import NoiseSchedule, flow_sigma, shift_of, shifted
+from .noise import EDM_LEVELS, NoiseSchedule, flow_sigma, shift_of, shifted
 from .spacing import LEVEL_SPACINGS, SPACINGS, spaced_sigmas, spaced_timesteps
 
 
@@ -232,6 +232,32 @@ class FlowSampler(Sampler):
         return 1 + float(sigmas[0])
 
 
+@dataclass(frozen=True)
+class EDMSampler(Sampler):
+    """A method for models with EDM's scalings, with the levels of diffusers' EDM classes."""
+
+    def sigmas(self, schedule: NoiseSchedule, steps: int, spacing: str | None = None) -> Tensor:
+        """The levels of a run of `steps` steps, float64 [steps + 1]: from sigma_max to sigma_min, then the last, which
+        is 0 or sigma_min again.
+
+        spacing: one of LEVEL_SPACINGS instead of what the model's config says. Raises GazeError for another, and as
+        `Sampler.sigmas`.
+        """
+        options = self._options(schedule)
+        if spacing not in (None, *LEVEL_SPACINGS):
+            raise GazeError(f"models with EDM's scalings have no {spacing} spacing",
+                            f"one of {', '.join(LEVEL_SPACINGS)}")  # fmt: skip
+        check_steps(steps, schedule)
+        low, high = float(options["sigma_min"]), float(options["sigma_max"])
+        if spacing is None:
+            sigmas = spaced_sigmas(options["sigma_schedule"], high, low, steps, float(options["rho"]))
+        else:
+            sigmas = spaced_sigmas(spacing, high, low, steps)
+        if not bool((sigmas.diff() < 0).all()):
+            raise GazeError(f"{self.name} has no {steps} levels from {high} to {low}", "sigma_min below sigma_max")
+        return torch.cat([sigmas, sigmas[-1:] * (options["final_sigmas_type"] == "sigma_min")])
+
+
 LEVELS = {"timestep_spacing": "linspace", "steps_offset": 0}
 LEVELS_DDIM = {"timestep_spacing": "leading", "steps_offset": 0, "set_alpha_to_one": True}
 LEVELS_HEUN = {**LEVELS, **{f"use_{spacing}_sigmas": False for spacing in LEVEL_SPACINGS}}
@@ -275,6 +301,21 @@ FLOW_SAMPLERS = {
         solver("unipc", unipc, ramp=unipc_ramp, latest=1 - 1e-6),
         flow("lcm", lcm, stochastic=True),
     )
+}
+
+
+edm = partial(EDMSampler, options={**EDM_LEVELS, "final_sigmas_type": "zero"}, unit_start=True)
+
+# The same methods; order and calls are those of the frame, which is the same.
+EDM_SAMPLERS = {
+    name: edm(
+        name,
+        method.integrate,
+        order=method.order,
+        stochastic=method.stochastic,
+        calls_per_step=method.calls_per_step,
+    )
+    for name, method in SAMPLERS.items()
 }
 
 

@@ -10,6 +10,7 @@ from .spacing import SPACINGS
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of models with a table of noise levels
 FLOW = "flow_prediction"  # of flow-matching models
+EDM = "edm"  # of models with the scalings of Karras et al. 2022
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 # The classes of diffusers whose scheduler_config.json is a table of noise levels, and the betas where it is silent.
@@ -52,6 +53,8 @@ FLOW_SOLVERS = (
     "SASolverScheduler",
     "UniPCMultistepScheduler",
 )
+# Those of models with EDM's scalings.
+EDM_SCHEDULERS = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
 
 MOST = 100_000  # of a number in an option: some are sizes of what is allocated
 
@@ -76,6 +79,8 @@ READ = {
     "use_flow_sigmas",
     "use_karras_sigmas",
 }
+# Options that are read of these models alone; two of them are a method's in other classes.
+OF_EDM = {"rho", "sigma_data", "sigma_max", "sigma_min", "sigma_schedule"}
 # Options that change what the network is told: only these values are supported.
 FIXED: dict[str, tuple[Any, ...]] = {
     "invert_sigmas": (False,),
@@ -88,6 +93,8 @@ CHOICES = {"beta_schedule": BETA_SCHEDULES, "final_sigmas_type": ("zero", "sigma
 OF_TABLE = {"prediction_type": PREDICTION_TYPES, "shift_terminal": (None,), "use_flow_sigmas": (False,)}
 FLOW_HINT = f"; a flow-matching model's solver has use_flow_sigmas and prediction_type {FLOW!r} together"
 OF_FLOW = {"prediction_type": (FLOW,), "use_flow_sigmas": (True,)}
+EDM_CHOICES = {"prediction_type": ("epsilon", "v_prediction"), "sigma_schedule": ("karras", "exponential")}
+OF_KIND: dict[str, dict[str, tuple[Any, ...]]] = {"table": OF_TABLE, FLOW: OF_FLOW, EDM: EDM_CHOICES}
 # Options of a method alone, and the values that the samplers of this package honour. With another one, the method of
 # a model's folder is diffusers' own class (schedulers.py).
 METHOD: dict[str, tuple[Any, ...]] = {
@@ -148,6 +155,14 @@ def _above_zero(value: Any) -> bool:
     return _number(value) and value > 0
 
 
+def _level(value: Any) -> bool:
+    return _number(value) and value >= 1e-6
+
+
+def _power(value: Any) -> bool:
+    return _number(value) and 1 <= value <= 100
+
+
 def _share(value: Any) -> bool:
     return value is None or (_number(value) and 0 < value < 1)
 
@@ -158,8 +173,12 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "beta_start": (_above_zero, "a number above 0, such as 0.00085"),
     "flow_shift": (_above_zero, "a number above 0, such as 3"),
     "num_train_timesteps": (_whole, "a whole number, such as 1000"),
+    "rho": (_power, "a number from 1 to 100, such as 7"),
     "shift": (_above_zero, "a number above 0, such as 3"),
     "shift_terminal": (_share, "a number between 0 and 1, or none"),
+    "sigma_data": (_level, "a number from 1e-6, such as 0.5"),
+    "sigma_max": (_level, "a number above sigma_min, such as 80"),
+    "sigma_min": (_level, "a number from 1e-6, such as 0.002"),
     "steps_offset": (_whole, "a whole number from 0"),
     "trained_betas": (_numbers, "numbers between 0 and 1, or none"),
 }
@@ -172,20 +191,38 @@ def is_flow(config: dict[str, Any]) -> bool:
     return name in FLOW_SCHEDULERS or (told and name in (None, *FLOW_SOLVERS))
 
 
+def is_edm(config: dict[str, Any]) -> bool:
+    """Whether a scheduler_config.json is of a model with EDM's scalings."""
+    return config.get("_class_name") in EDM_SCHEDULERS
+
+
+def kind_of(config: dict[str, Any]) -> str:
+    """Which kind of model a scheduler_config.json is of: FLOW, EDM or "table"."""
+    return FLOW if is_flow(config) else EDM if is_edm(config) else "table"
+
+
+def of_method(config: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """Those of METHOD that say nothing about this model."""
+    own = OF_EDM if is_edm(config) else set()
+    return {option: values for option, values in METHOD.items() if option not in own}
+
+
 def check_options(config: dict[str, Any]) -> None:
     """Raise GazeError for the first option of a scheduler_config.json that no sampler could honour."""
     name = config.get("_class_name")
-    if name not in (None, *SCHEDULERS, *FLOW_SCHEDULERS):
+    known = (*SCHEDULERS, *FLOW_SCHEDULERS, *EDM_SCHEDULERS)
+    if name not in (None, *known):
         raise GazeError(f"scheduler class {name!r:.100} is not supported: other noise, or an unknown one",
-                        nearest(str(name), (*SCHEDULERS, *FLOW_SCHEDULERS)))  # fmt: skip
-    choices = FIXED | CHOICES | (OF_FLOW if is_flow(config) else OF_TABLE)
+                        nearest(str(name), known))  # fmt: skip
+    choices = FIXED | CHOICES | OF_KIND[kind_of(config)]
+    read, methods = READ | (OF_EDM if is_edm(config) else set()), of_method(config)
     for option, value in config.items():
         if isinstance(value, int) and abs(value) > MOST:
             raise GazeError(f"scheduler option {option} is out of range", f"at most {MOST}")
-        if option.startswith("_") or option in IGNORED or option in METHOD:
+        if option.startswith("_") or option in IGNORED or option in methods:
             continue
-        if option not in READ and option not in FIXED:
-            raise GazeError(f"unknown scheduler option {option!r} (value {value!r})", nearest(option, READ))
+        if option not in read and option not in FIXED:
+            raise GazeError(f"unknown scheduler option {option!r} (value {value!r})", nearest(option, read))
         valid, words = VALID.get(option, (None, ""))
         if valid is not None and not valid(value):
             raise GazeError(f"scheduler option {option} is {reprlib.repr(value)}", words)

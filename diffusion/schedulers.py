@@ -17,10 +17,18 @@ from typing import Any, NamedTuple
 
 from .driver import driven, first_line
 from .errors import GazeError, nearest
-from .foreign import FLOW_FOREIGN, FOREIGN, MISFITS, Foreign, of_class
-from .noise import FlowSchedule, NoiseSchedule, shift_of
-from .samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, Trajectory
-from .scheduler_config import FLOW, METHOD, MOST, PREDICTION_TYPES, check_options, is_flow
+from .foreign import EDM_FOREIGN, FLOW_FOREIGN, FOREIGN, MISFITS, Foreign, of_class
+from .noise import EDMSchedule, FlowSchedule, NoiseSchedule, shift_of
+from .samplers import EDM_SAMPLERS, FLOW_SAMPLERS, SAMPLERS, Sampler, Trajectory
+from .scheduler_config import (
+    EDM,
+    FLOW,
+    MOST,
+    PREDICTION_TYPES,
+    check_options,
+    kind_of,
+    of_method,
+)
 from .spacing import LEVEL_SPACINGS, SPACINGS
 
 # Arguments of a scheduler's `step` that are not options of the method.
@@ -79,6 +87,15 @@ FLOWS = Kind(
         "FlowMatchLCMScheduler": "lcm",
     },
 )
+EDMS = Kind(
+    "a model with EDM's scalings",
+    "it is for networks with EDM's own scalings",
+    EDM_SAMPLERS,
+    EDM_FOREIGN,
+    of_class(EDM_FOREIGN),
+    {"EDMDPMSolverMultistepScheduler": "dpmpp_2m", "EDMEulerScheduler": "euler"},
+)
+KINDS = ((TABLE, PREDICTION_TYPES), (FLOWS, (FLOW,)), (EDMS, (EDM,)))  # with what their models predict
 
 
 def prepare(scheduler: Any, schedule: NoiseSchedule, steps: int, spacing: str | None = None) -> Trajectory:
@@ -113,10 +130,10 @@ def prepare(scheduler: Any, schedule: NoiseSchedule, steps: int, spacing: str | 
 def default_name(class_name: str, config: Mapping[str, Any]) -> str:
     """The sampler that a model's folder asks for by class and scheduler_config.json: ours, where it does what all the
     options say, else the class. Raises GazeError for a class that does not fit."""
-    kind = FLOWS if is_flow(dict(config)) else TABLE
+    kind = {FLOW: FLOWS, EDM: EDMS}.get(kind_of(dict(config)), TABLE)
     if class_name not in kind.classes:
         raise _unknown(class_name, kind)
-    honoured = all(config.get(option, values[0]) in values for option, values in METHOD.items())
+    honoured = all(config.get(option, values[0]) in values for option, values in of_method(dict(config)).items())
     return kind.own[class_name] if class_name in kind.own and honoured else class_name
 
 
@@ -126,18 +143,20 @@ def table() -> list[dict[str, Any]]:
     formulas = {(2, 3): "n", (3, 5): "2n - 1", (3, 4): "n + 1"}  # by the calls for 2 and for 3 steps
     methods: list[tuple[str, str, str, Sampler | Foreign]] = [
         *((name, "", "", method) for name, method in TABLE.samplers.items()),
-        *((name, row.class_name, row.needs, row) for name, row in sorted({**FLOWS.foreign, **TABLE.foreign}.items())),
+        *(
+            (name, row.class_name, row.needs, row)
+            for name, row in sorted({**EDM_FOREIGN, **FLOW_FOREIGN, **FOREIGN}.items())
+        ),
     ]
-    kinds = ((TABLE, PREDICTION_TYPES), (FLOWS, (FLOW,)))
     return [
         {
             "name": name,
             "class": class_name,
-            "order": min(row[name].order for kind, _ in kinds for row in (kind.samplers, kind.foreign) if name in row),
+            "order": min(row[name].order for kind, _ in KINDS for row in (kind.samplers, kind.foreign) if name in row),
             "calls": formulas[method.calls(2), method.calls(3)],
             "stochastic": method.stochastic,
             "prediction_types": [
-                output for kind, outputs in kinds for output in outputs if name in kind.samplers or name in kind.foreign
+                output for kind, outputs in KINDS for output in outputs if name in kind.samplers or name in kind.foreign
             ],
             "needs": needs,
         }
@@ -146,12 +165,12 @@ def table() -> list[dict[str, Any]]:
 
 
 def _kind(schedule: NoiseSchedule) -> Kind:
-    return FLOWS if isinstance(schedule, FlowSchedule) else TABLE
+    return {FlowSchedule: FLOWS, EDMSchedule: EDMS}.get(type(schedule), TABLE)
 
 
 def _unknown(name: str, kind: Kind) -> GazeError:
-    other = TABLE if kind is FLOWS else FLOWS
-    reason = other.its if name in other.foreign or name in other.classes else MISFITS.get(name)
+    others = [other.its for other, _ in KINDS if name in other.foreign or name in other.classes]
+    reason = others[0] if others else MISFITS.get(name)
     if reason is None:
         return GazeError(f"unknown scheduler {name!r}", nearest(name, {*kind.samplers, *kind.foreign, *kind.classes}))
     return GazeError(
@@ -191,7 +210,8 @@ def _make(
         free = {option: value for option, value in {**of_step, **parameters}.items() if option not in OF_MODEL}
         chosen = _options(name, text, free)
         # What belongs to a method says nothing about another one.
-        foreign = set() if schedule.config.get("_class_name") == row.class_name else METHOD.keys()
+        methods = of_method(schedule.config).keys()
+        foreign = set() if schedule.config.get("_class_name") == row.class_name else methods
         config = {key: value for key, value in schedule.config.items() if key not in foreign}
         config |= {"prediction_type": schedule.prediction_type, "clip_sample": False, **row.options}
         if isinstance(schedule, FlowSchedule):
@@ -219,7 +239,7 @@ def _of_object(given: Any, schedule: NoiseSchedule, steps: int, spacing: str | N
     kind = _kind(schedule)
     row = next((kind.classes[name] for name in classes if name in kind.classes), None)
     if row is None:
-        known = {**TABLE.classes, **FLOWS.classes, **MISFITS}
+        known = {**TABLE.classes, **FLOWS.classes, **EDMS.classes, **MISFITS}
         misfit = next((name for name in classes if name in known), None)
         raise _unknown(repr(classes[0]) if misfit is None else misfit, kind)
     scheduler, read = copy.deepcopy(given), _class_options(row)

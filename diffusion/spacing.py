@@ -33,15 +33,15 @@ def spaced_timesteps(spacing: str, total: int, count: int, offset: int = 0) -> T
     raise GazeError(f"unknown timestep_spacing {spacing!r}", nearest(spacing, SPACINGS))
 
 
-def spaced_sigmas(spacing: str, sigma_max: float, sigma_min: float, count: int) -> Tensor:
+def spaced_sigmas(spacing: str, sigma_max: float, sigma_min: float, count: int, rho: float = 7.0) -> Tensor:
     """`count` levels [N], float64, from sigma_max down to sigma_min; one alone is sigma_max.
 
-    "karras": even in sigma^(1/7) (Karras et al. 2022, eq. 5); "exponential": even in log sigma; "beta": sigma at the
+    "karras": even in sigma^(1/rho) (Karras et al. 2022, eq. 5); "exponential": even in log sigma; "beta": sigma at the
     quantiles of the beta distribution with both shapes 0.6, close together at both ends (Lee et al. 2024).
     """
     ramp_N = torch.linspace(0, 1, count, dtype=torch.float64)
     if spacing == "karras":
-        return (sigma_max ** (1 / 7) + ramp_N * (sigma_min ** (1 / 7) - sigma_max ** (1 / 7))) ** 7
+        return (sigma_max ** (1 / rho) + ramp_N * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     if spacing == "exponential":
         return (math.log(sigma_max) + ramp_N * math.log(sigma_min / sigma_max)).exp()
     if spacing == "beta":

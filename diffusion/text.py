@@ -91,9 +91,24 @@ class TextEncoder:
                     break
         return Reading(tuple(rows), " ".join(filter(None, [*left, beyond.strip()])))
 
+    def states(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the U-Net reads of token ids: states BSE and, where the model has it, the pooled vector BP."""
+        if not self.penultimate:
+            return self.model(tokens_BS), None
+        return self.model.penultimate(tokens_BS, self.ends(tokens_BS))
+
+    def ends(self, tokens_BS: Tensor) -> Tensor:
+        """The places of the prompts' end tokens, B: the first of each row, as transformers has it."""
+        return (tokens_BS == self.tokenizer.end).int().argmax(dim=1)
+
+    def seen(self, tokens_BS: Tensor) -> Tensor:
+        """seen_BS: True up to each prompt's end, False for what fills the window after it."""
+        return torch.arange(tokens_BS.shape[1], device=tokens_BS.device) <= self.ends(tokens_BS)[:, None]
+
     def encode(self, prompts: Sequence[str | Reading], chunks: int = 1) -> Condition:
         """Prompts -> their condition, one row each, all as long as the longest and at least of so many chunks: empty
-        ones follow a shorter prompt. The vector is the pooled one, where the model has it: of the first chunk.
+        ones follow a shorter prompt. The vector is the pooled one, where the model has it: of the first chunk. Seen are
+        the tokens up to each chunk's end, of chunks that follow a shorter prompt none.
 
         A token of weight w has its states moved from those of an empty chunk by w times the way to its own: 0 is as if
         nothing stood there, 1 changes nothing, to the bit.
@@ -103,26 +118,24 @@ class TextEncoder:
         rows = [chunk for reading in readings for chunk in reading.chunks + (EMPTY,) * (count - len(reading.chunks))]
         tokens = torch.tensor([self.tokenizer.framed(ids, self.window) for ids, _ in [*rows, EMPTY]])
         tokens = tokens.to(self.model.final_layer_norm.weight.device)
-        pooled_BP = None
-        if self.penultimate:
-            ends = (tokens == self.tokenizer.end).int().argmax(dim=1)  # the first, as transformers has it
-            states_BSE, pooled_BP = self.model.penultimate(tokens, ends)
-        else:
-            states_BSE = self.model(tokens)
+        states_BSE, pooled_BP = self.states(tokens)
         states_BSE, empty_SE = states_BSE[:-1], states_BSE[-1]
         framed = [[1.0, *weights] + [1.0] * (self.window - 1 - len(weights)) for _, weights in rows]
         states_BSE = torch.lerp(empty_SE, states_BSE, torch.tensor(framed).to(states_BSE)[:, :, None])
         context_BSE = states_BSE.unflatten(0, (-1, count)).flatten(1, 2)
-        return Condition(context_BSE, None if pooled_BP is None else pooled_BP[:-1:count])
+        written = torch.tensor([[i < len(reading.chunks)] for reading in readings for i in range(count)])
+        seen_BS = (self.seen(tokens[:-1]) & written.to(tokens.device)).unflatten(0, (-1, count)).flatten(1)
+        return Condition(context_BSE, None if pooled_BP is None else pooled_BP[:-1:count], seen_BS)
 
 
 Readings = tuple[Reading, ...]  # of one prompt, by each text encoder
 
 
 def encode(encoders: Sequence[TextEncoder], prompts: Sequence[Readings], chunks: int = 1) -> Condition:
-    """As `TextEncoder.encode`, with the states of several encoders side by side along E, and the last one's vector."""
+    """As `TextEncoder.encode`, with the states of several encoders side by side along E, the last one's vector, and
+    what the first one has seen."""
     chunks = max(chunks, *(len(reading.chunks) for readings in prompts for reading in readings))
     each = [
         encoder.encode(readings, chunks) for encoder, readings in zip(encoders, zip(*prompts, strict=True), strict=True)
     ]
-    return Condition(torch.cat([one.context_BSE for one in each], dim=-1), each[-1].vector_BV)
+    return Condition(torch.cat([one.context_BSE for one in each], dim=-1), each[-1].vector_BV, each[0].seen_BS)

@@ -280,16 +280,20 @@ class UNet(nn.Module):
         active = F.silu(embedding)
         return [block.time_emb_proj(active) for block in self.in_order(ResidualBlock)]
 
-    def vector(self, pooled_BP: Tensor, sizes: Sequence[int]) -> Tensor:
-        """vector_BV: the pooled text, then the sinusoids of numbers that all rows share: height and width of the
-        original picture, top and left of the crop, height and width wanted (Podell et al. 2023, section 2.2)."""
+    def vector(self, pooled_BP: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:
+        """vector_BV: the pooled text, then the sinusoids of six numbers, of each row (a tensor B6) or of all: height
+        and width of the original picture, top and left of the crop, height and width wanted (Podell et al. 2023,
+        section 2.2)."""
         width = self.config.addition_time_embed_dim or 0
-        embedded = sinusoid(torch.tensor(sizes, device=pooled_BP.device), width).flatten().to(pooled_BP.dtype)
-        return torch.cat([pooled_BP, embedded.expand(len(pooled_BP), -1)], dim=1)
+        sizes_B6 = torch.as_tensor(sizes, device=pooled_BP.device).expand(len(pooled_BP), -1)
+        embedded = sinusoid(sizes_B6.flatten(), width).unflatten(0, sizes_B6.shape).flatten(1)
+        return torch.cat([pooled_BP, embedded.to(pooled_BP.dtype)], dim=1)
 
-    def project_context(self, context_BSE: Tensor) -> list[KeysValues]:
-        """The text's k_BLSD and v_BLSD of every cross-attention."""
-        return [block.attn2.keys_values(context_BSE) for block in self.in_order(TransformerBlock)]
+    def project_context(self, context_BSE: Tensor, seen_BS: Tensor | None = None) -> list[KeysValues]:
+        """The text's k_BLSD and v_BLSD of every cross-attention. seen_BS: False for tokens that it shall not see;
+        one of each row at least it has to."""
+        seen = () if seen_BS is None else (seen_BS[:, None, None],)
+        return [(*block.attn2.keys_values(context_BSE), *seen) for block in self.in_order(TransformerBlock)]
 
     def denoise(self, x_BCHW: Tensor, shifts: Sequence[Tensor], texts: Sequence[KeysValues]) -> Tensor:
         """`forward` after `embed_time` and `project_context`.
@@ -322,10 +326,16 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
     def forward(
-        self, x_BCHW: Tensor, timestep: Tensor | float, context_BSE: Tensor, vector_BV: Tensor | None = None
+        self,
+        x_BCHW: Tensor,
+        timestep: Tensor | float,
+        context_BSE: Tensor,
+        vector_BV: Tensor | None = None,
+        seen_BS: Tensor | None = None,
     ) -> Tensor:
-        """timestep: of shape [B], or one number for all; fractions allowed. vector_BV: SDXL's pooled text and sizes."""
-        return self.denoise(x_BCHW, self.embed_time(timestep, vector_BV), self.project_context(context_BSE))
+        """timestep: of shape [B], or one number for all; fractions allowed. vector_BV: SDXL's pooled text and sizes.
+        seen_BS: see `project_context`."""
+        return self.denoise(x_BCHW, self.embed_time(timestep, vector_BV), self.project_context(context_BSE, seen_BS))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet:

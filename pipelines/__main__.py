@@ -73,12 +73,12 @@ def schedulers(as_json: Json = False, debug: Debug = False) -> None:
     if as_json:
         print(json.dumps(rows))
         return
-    print(f"{'name':<32}{'order':<7}{'calls':<8}{'noise':<7}{'prediction types':<50}diffusers class")
+    print(f"{'name':<32}{'order':<7}{'calls':<8}{'noise':<7}{'prediction types':<55}diffusers class")
     for row in rows:
         needs = f" (needs {row['needs']})" if row["needs"] else ""
         print(
             f"{row['name']:<32}{row['order']:<7}{row['calls']:<8}{'yes' if row['stochastic'] else 'no':<7}"
-            f"{', '.join(row['prediction_types']):<50}{row['class']}{needs}"
+            f"{', '.join(row['prediction_types']):<55}{row['class']}{needs}"
         )
 
 

@@ -20,6 +20,7 @@ from tests.test_hostile_configs import VALUES
 
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 ZERO_SNR = {**LATENT, "rescale_betas_zero_snr": True}
+EDM = {"_class_name": "EDMEulerScheduler"}
 SCHEDULES = {
     "linear": {},
     "scaled_linear": LATENT,
@@ -94,6 +95,26 @@ def test_scaling_at_no_noise_is_finite():
         scaling("velocity", torch.tensor(1.0))
 
 
+@pytest.mark.parametrize("sigma_data", [0.5, 1.0])
+def test_scalings_of_karras_et_al(sigma_data):
+    # Karras et al. 2022, table 1.
+    schedule = NoiseSchedule.from_config({**EDM, "sigma_data": sigma_data})
+    sigma = schedule.sigmas_T
+    total = sigma**2 + sigma_data**2
+    c_skip, c_out, c_in = schedule.scaling(sigma)
+    torch.testing.assert_close(c_skip, sigma_data**2 / total)
+    torch.testing.assert_close(c_out, sigma * sigma_data / total.sqrt())
+    torch.testing.assert_close(c_in, 1 / total.sqrt())
+    torch.testing.assert_close(schedule.timestep(sigma), sigma.log() / 4)
+    torch.testing.assert_close(schedule.sigma(schedule.timestep(sigma)), sigma)
+    assert sigma[[0, -1]].tolist() == pytest.approx([0.002, 80])
+    assert torch.equal(schedule.scaling(sigma, "v_prediction").c_out, -c_out)
+    # With deviation 1 and that sign it is the velocity of the models with a table.
+    if sigma_data == 1:
+        velocity = scaling("v_prediction", sigma)
+        assert all(map(torch.equal, schedule.scaling(sigma, "v_prediction"), velocity))
+
+
 def test_spacings_by_hand():
     assert spaced_timesteps("leading", 1000, 4, offset=1).tolist() == [751, 501, 251, 1]
     assert spaced_timesteps("trailing", 1000, 4).tolist() == [999, 749, 499, 249]
@@ -143,7 +164,7 @@ def test_exponential_and_beta_levels():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        ({"_class_name": "EDMEulerScheduler"}, ["EDMEulerScheduler", "EulerDiscrete"]),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, ["CMStochasticIterativeScheduler", "did you mean"]),
         ({"beta_strat": 0.1}, ["beta_strat", "0.1", "beta_start"]),
         ({"use_flow_sigmas": True}, ["use_flow_sigmas", "True"]),
         ({"timestep_type": "continuous"}, ["timestep_type", "continuous", "discrete"]),
@@ -156,6 +177,13 @@ def test_exponential_and_beta_levels():
         ({"num_train_timesteps": 0}, ["betas"]),
         ({"num_train_timesteps": 10**12}, ["num_train_timesteps", "out of range"]),
         ({"solver_order": 10**9}, ["solver_order", "100000"]),
+        ({"sigma_data": 0.5}, ["sigma_data", "0.5", "trained_betas"]),
+        ({**EDM, "sigma_data": 0}, ["sigma_data", "0.5"]),
+        ({**EDM, "sigma_min": 80.0}, ["sigma_min is 80.0, sigma_max 80.0"]),
+        ({**EDM, "rho": 0.5}, ["rho is 0.5"]),
+        ({**EDM, "sigma_schedule": "cosine"}, ["sigma_schedule", "cosine", "exponential"]),
+        ({**EDM, "prediction_type": "sample"}, ["prediction_type", "sample", "v_prediction"]),
+        ({**EDM, "num_train_timesteps": 1}, ["num_train_timesteps"]),
     ],
 )
 def test_config_errors_name_option_and_value(config, words):
@@ -191,6 +219,8 @@ CONFIGS = [
     (diffusers.DPMSolverMultistepScheduler, {}, ["dpmpp_2m"]),
     (diffusers.FlowMatchEulerDiscreteScheduler, {}, ["euler", "FlowMatchEulerDiscreteScheduler"]),
     (diffusers.UniPCMultistepScheduler, {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, ["unipc"]),
+    (diffusers.EDMEulerScheduler, {}, ["euler", "EDMEulerScheduler"]),
+    (diffusers.EDMDPMSolverMultistepScheduler, {}, ["dpmpp_2m"]),
 ]
 
 

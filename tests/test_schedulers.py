@@ -100,11 +100,11 @@ def test_the_folders_own_scheduler_is_the_default(tmp_path, folder, theirs, clas
 
 def test_a_folder_of_another_kind_of_model_is_refused(tmp_path, folder):
     shutil.copytree(folder, tmp_path / "model")
-    diffusers.EDMEulerScheduler().save_pretrained(tmp_path / "model" / "scheduler")
+    diffusers.CMStochasticIterativeScheduler().save_pretrained(tmp_path / "model" / "scheduler")
     index = tmp_path / "model" / "model_index.json"
-    other = {"scheduler": ["diffusers", "EDMEulerScheduler"]}
+    other = {"scheduler": ["diffusers", "CMStochasticIterativeScheduler"]}
     index.write_text(json.dumps(json.loads(index.read_text()) | other))
-    with pytest.raises(GazeError, match="EDMEulerScheduler"):
+    with pytest.raises(GazeError, match="CMStochasticIterativeScheduler"):
         TextToImage.from_pretrained(tmp_path / "model")
 
 

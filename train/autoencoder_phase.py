@@ -49,8 +49,8 @@ class AutoencoderPhase:
         side = recipe.data.size // self.autoencoder.factor
         self.latent_shape = (self.autoencoder.latent_channels, side, side)
 
-    def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
-        """The loss of each sample, B."""
+    def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
+        """The loss of each sample, B. u_B: of no use here, where there are no noise levels."""
         pixels = stack(samples).to(self.device)
         noise = normal(self.recipe.seed, samples, "noise", self.latent_shape).to(self.device)
         again, mean, log_variance = (value.float() for value in module(pixels, noise))

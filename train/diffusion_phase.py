@@ -4,24 +4,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from diffusion.errors import GazeError
 from diffusion.noise import NoiseSchedule
-from diffusion.objective import denoising_loss, log_normal, min_snr_weight, uniform_timesteps, uniform_weight
+from diffusion.objective import WEIGHTINGS, denoising_loss
 from diffusion.pretrained import Model, save_model
+from diffusion.scheduler_config import kind_of
 from diffusion.schedulers import default_name
 from diffusion.text import TextEncoder
 from diffusion.unet import UNet, UNetConfig
 from pipelines.text_to_image import Request, TextToImage
 
 from .config import Recipe
-from .data.folder import Captioned, Sample, randomness
+from .data.folder import Captioned, Sample
 from .latents import Latents
+from .objective import draw_noise, make_density, quantiles
 from .text_phase import fingerprint, make_text_encoder
+from .told import condition, read, tell
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
              "prediction_type": "v_prediction", "timestep_spacing": "trailing",
@@ -29,18 +34,27 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "
 
 
 class _Predict(nn.Module):
-    """One call for Accelerate to wrap: (x, timestep, tokens) -> the U-Net's output."""
+    """One call for Accelerate to wrap: (x, timestep, what `tell` says) -> the U-Net's output."""
 
     def __init__(self, unet: UNet, text: TextEncoder):
         super().__init__()
+        self.texts = (text,)
         self.unet, self.text_model = unet, text.model
 
-    def forward(self, x_BCHW: Tensor, timestep_B: Tensor, tokens_BS: Tensor) -> Tensor:
-        return self.unet(x_BCHW, timestep_B, self.text_model(tokens_BS))
+    def forward(self, x_BCHW: Tensor, timestep_B: Tensor, tokens: Sequence[Tensor], **told: Tensor) -> Tensor:
+        text = condition(self.unet, read(self.texts, tokens), **told)
+        return self.unet(x_BCHW, timestep_B, text.context_BSE, text.vector_BV, text.seen_BS)
+
+
+def overridden(scheduler: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """A scheduler_config.json with the recipe's own options in it; these alone where they make another kind of model,
+    because the kinds have no options in common."""
+    both = {**scheduler, **own}
+    return both if kind_of(both) == kind_of(scheduler) else own
 
 
 class DiffusionPhase:
-    """Denoising loss of recipe.objective; the noise levels of a batch are stratified over its density."""
+    """Denoising loss of recipe.objective."""
 
     def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
         self.recipe, self.data, self.device = recipe, data, device
@@ -54,36 +68,32 @@ class DiffusionPhase:
                 own = recipe.model.unet[option]
                 raise GazeError(f"model.unet.{option} is {own}, but the other parts make it {value}", "leave it out")
         unet = UNet(UNetConfig.from_diffusers(sizes | recipe.model.unet)).zero_residuals()
-        schedule = NoiseSchedule.from_config(SCHEDULER | recipe.model.scheduler)
+        schedule = NoiseSchedule.from_config(overridden(SCHEDULER, recipe.model.scheduler))
         sampler = default_name(schedule.config["_class_name"], schedule.config)
-        self.model = Model(unet, self.latents.autoencoder, text, schedule, sampler, dict(recipe.model.defaults))
+        # What the pipeline has to do as training does goes with the model.
+        defaults = recipe.model.defaults | ({"mask_padding": True} if recipe.model.mask_padding else {})
+        self.model = Model(unet, self.latents.autoencoder, text, schedule, sampler, defaults)
         self.module = _Predict(unet, text).to(device)
-        objective = recipe.objective
-        self.density = (
-            uniform_timesteps(schedule)
-            if objective.density == "uniform"
-            else log_normal(schedule, objective.log_mean, objective.log_std)
-        )
+        self.density = make_density(recipe.objective, schedule)
         # A bad value would else end the run at its first grid.
         TextToImage(self.model).plan(Request(recipe.validation.prompts or "", seed=recipe.validation.seed))
 
-    def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
-        """The loss of each sample, B. All randomness is a function of (seed, position)."""
-        schedule, kind = self.model.schedule, self.model.schedule.prediction_type
+    def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
+        """The loss of each sample, B. All randomness is a function of (seed, position).
+
+        u_B: quantiles in (0, 1) of the density of noise levels, instead of drawn ones.
+        """
+        schedule, objective = self.model.schedule, self.recipe.objective
         clean = self.latents.draw(samples)
-        noise = self.latents.normal(samples, "noise")
-        sigma = self.density(self._uniform(samples)).to(self.device)
-        weight = (
-            min_snr_weight(sigma, kind, self.recipe.objective.gamma)
-            if self.recipe.objective.weighting == "min_snr"
-            else uniform_weight(sigma, kind)
-        )
-        tokens = self.model.text.tokens([sample.caption for sample in samples]).to(self.device)
+        noise = draw_noise(self.recipe, self.latents, samples, clean)
+        sigma = self.density(quantiles(self.recipe, samples) if u_B is None else u_B).to(self.device)
+        weight = WEIGHTINGS[objective.weighting](sigma, schedule, objective.gamma)
+        told = tell(self.model, samples, self.device)
 
         def predict(x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
-            return module(x_BCHW, schedule.timestep(sigma_B).float(), tokens)
+            return module(x_BCHW, schedule.timestep(sigma_B).float(), **told)
 
-        return denoising_loss(predict, clean, noise, sigma, kind, weight)
+        return denoising_loss(predict, clean, noise, sigma, schedule, weight)
 
     def measure(self) -> dict[str, float]:
         return {}
@@ -99,10 +109,3 @@ class DiffusionPhase:
 
     def fingerprint(self) -> str:
         return fingerprint(self.model.text, self.latents)
-
-    def _uniform(self, samples: list[Sample]) -> Tensor:
-        """A number in (0, 1) per sample; those of a global batch fall one into each of batch_size equal parts."""
-        size = self.recipe.batch_size
-        draws = [(sample.position % size + randomness(self.recipe.seed, sample.position, "sigma").random()) / size
-                 for sample in samples]  # fmt: skip
-        return torch.tensor(draws, dtype=torch.float64)

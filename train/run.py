@@ -36,8 +36,9 @@ class Phase(Protocol):
     @property
     def module(self) -> nn.Module: ...
 
-    def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
-        """The loss of each sample, B; module is self.module as Accelerate wrapped it."""
+    def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
+        """The loss of each sample, B; module is self.module as Accelerate wrapped it. u_B: in (0, 1), fixes each
+        sample's quantile of the density of noise levels, where the phase has one."""
 
     def measure(self) -> dict[str, float]:
         """Figures of the current weights for the log."""
@@ -151,7 +152,7 @@ def make_phase(recipe: Recipe, data: Captioned, device: torch.device) -> Phase:
 
 
 def belongs_to(recipe: Recipe, data: Captioned, phase: Phase) -> dict[str, Any]:
-    """What a checkpoint and the run that goes on from it must share, and the recipe for who wants to know what differs."""
+    """What a checkpoint and the run that goes on from it must share, and the recipe, to tell what differs."""
     identity = "-".join(filter(None, [recipe.identity(), data.fingerprint(), phase.fingerprint()]))
     return {"identity": identity, "recipe": recipe.lasting()}
 

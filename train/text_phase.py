@@ -53,8 +53,8 @@ class TextPhase:
         self.text = make_text_encoder(recipe, data)
         self.module = _Foretell(self.text, self.latents.shape).to(device)
 
-    def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
-        """The loss of each sample, B."""
+    def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
+        """The loss of each sample, B. u_B: of no use here, where there are no noise levels."""
         foretold = module(self._tokens([sample.caption for sample in samples]))
         return (foretold.float() - self.latents.draw(samples)).square().mean((1, 2, 3))
 

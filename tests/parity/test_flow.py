@@ -389,5 +389,5 @@ def test_the_training_target_is_the_flow_at_every_level():
         return noise - clean
 
     # At the lowest level, 0.003, the rounding of x is divided by it.
-    assert denoising_loss(predict, clean, noise, sigma, "flow_prediction", torch.ones(1000)).max() < 1e-8
-    assert min_snr_weight(sigma, "flow_prediction").isfinite().all()
+    assert denoising_loss(predict, clean, noise, sigma, levels, torch.ones(1000)).max() < 1e-8
+    assert min_snr_weight(sigma, levels).isfinite().all()

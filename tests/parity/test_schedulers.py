@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusion.errors import GazeError
-from diffusion.foreign import FLOW_FOREIGN, FOREIGN, MISFITS
+from diffusion.foreign import EDM_FOREIGN, FLOW_FOREIGN, FOREIGN, MISFITS
 from diffusion.noise import NoiseSchedule, scaling
-from diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, PictureNoise
-from diffusion.scheduler_config import FLOW_SCHEDULERS, FLOW_SOLVERS, PREDICTION_TYPES, SCHEDULERS
-from diffusion.schedulers import FLOWS, TABLE, default_name, prepare, table
+from diffusion.samplers import EDM_SAMPLERS, FLOW_SAMPLERS, SAMPLERS, PictureNoise
+from diffusion.scheduler_config import EDM_SCHEDULERS, FLOW_SCHEDULERS, FLOW_SOLVERS, PREDICTION_TYPES, SCHEDULERS
+from diffusion.schedulers import EDMS, FLOWS, TABLE, default_name, prepare, table
 from diffusion.spacing import LEVEL_SPACINGS, SPACINGS
 from tests.parity.network import LATENT, Network
 
@@ -22,6 +22,7 @@ SHAPE = (3, 5, 4)
 NAMES = list(FOREIGN)
 UNEVEN = ("DDIMParallelScheduler", "DDIMScheduler", "pndm")  # with linspace they step past what they visit next
 FLOW_CONFIG = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+EDM_CONFIG = {"_class_name": "EDMEulerScheduler"}
 
 
 def schedule(**options):
@@ -216,10 +217,12 @@ def test_every_class_of_diffusers_fits_or_is_refused_with_a_reason():
     classes = {name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")}
     assert TABLE.classes.keys() == SCHEDULERS.keys()
     assert FLOWS.classes.keys() == {*FLOW_SCHEDULERS, *FLOW_SOLVERS}
-    fitting = TABLE.classes.keys() | FLOWS.classes.keys()
+    assert EDMS.classes.keys() == {*EDM_SCHEDULERS}
+    fitting = TABLE.classes.keys() | FLOWS.classes.keys() | EDMS.classes.keys()
     assert not fitting & MISFITS.keys()
     assert classes - fitting - MISFITS.keys() == set()
-    for kind, levels in ((TABLE, schedule()), (FLOWS, NoiseSchedule.from_config(FLOW_CONFIG))):
+    configs = ((TABLE, LATENT), (FLOWS, FLOW_CONFIG), (EDMS, EDM_CONFIG))
+    for kind, levels in ((kind, NoiseSchedule.from_config(config)) for kind, config in configs):
         for name in {*MISFITS, *fitting} - kind.classes.keys():
             with pytest.raises(GazeError, match=f"{name} does not fit {kind.words}") as error:
                 prepare(name, levels, 4)
@@ -296,7 +299,7 @@ def test_steps_and_spacings_that_cannot_be_are_refused():
     data=st.data(),
 )
 def test_any_text_is_a_scheduler_or_refused(name, text, data):
-    levels = data.draw(st.sampled_from([schedule(), NoiseSchedule.from_config(FLOW_CONFIG)]))
+    levels = data.draw(st.sampled_from([schedule(), *map(NoiseSchedule.from_config, (FLOW_CONFIG, EDM_CONFIG))]))
     options = ["eta", "s_tmax", "shift", "shift_terminal", "solver_order", "steps_offset", "timestep_spacing"]
     key = data.draw(st.sampled_from([*options, "trained_betas"]))
     for written in (text, f"{name}:{text}", f"{name}:{key}={text}"):
@@ -309,14 +312,15 @@ def test_any_text_is_a_scheduler_or_refused(name, text, data):
 
 def test_the_table_has_every_name_once():
     rows = {row["name"]: row for row in table()}
-    assert list(rows) == [*SAMPLERS, *sorted({*FOREIGN, *FLOW_FOREIGN})]
-    assert SAMPLERS.keys() == FLOW_SAMPLERS.keys()
+    assert list(rows) == [*SAMPLERS, *sorted({*FOREIGN, *FLOW_FOREIGN, *EDM_FOREIGN})]
+    assert SAMPLERS.keys() == FLOW_SAMPLERS.keys() == EDM_SAMPLERS.keys()
     assert len(rows) == len(table())
-    assert rows["heun"]["prediction_types"] == [*PREDICTION_TYPES, "flow_prediction"]
+    assert rows["heun"]["prediction_types"] == [*PREDICTION_TYPES, "flow_prediction", "edm"]
     assert rows["deis"]["prediction_types"] == [*PREDICTION_TYPES, "flow_prediction"]
     assert rows["lms"]["prediction_types"] == list(PREDICTION_TYPES)
     assert rows["euler_ancestral_rf"]["prediction_types"] == ["flow_prediction"]
-    for kind in (TABLE, FLOWS):
+    assert rows["EDMEulerScheduler"]["prediction_types"] == ["edm"]
+    for kind in (TABLE, FLOWS, EDMS):
         for name, method in {**kind.samplers, **kind.foreign}.items():
             assert rows[name]["stochastic"] == method.stochastic
             assert rows[name]["order"] <= method.order
