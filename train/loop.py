@@ -33,7 +33,8 @@ from .data.drawn import draw_folder
 from .data.folder import Batches, Captioned, Sample, check, read_folder
 from .ema import EMA
 from .metrics import Metrics
-from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
+from .snapshots import PowerAverages, reconstruct
 
 GRACE = 10  # seconds
 
@@ -88,7 +89,8 @@ def train(recipe: Recipe) -> Path:
     names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
     optimizer = make_optimizer(plain, recipe.optimizer)
     ema = EMA(plain, recipe.ema.half_life)
-    seen = resume(recipe, plain, ema, optimizer, names, identity, main)
+    powers = PowerAverages(plain, recipe.ema.widths if recipe.ema.snapshots_every else ())
+    seen = resume(recipe, plain, ema, powers, optimizer, names, identity, main)
     if main:
         checkpoint.remove_leftovers(recipe.out / "checkpoints")
         (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -102,8 +104,7 @@ def train(recipe: Recipe) -> Path:
     with metrics, StopSignal(accelerator) as stop:
         while seen < recipe.pictures:
             rate = learning_rate(recipe.optimizer, seen, recipe.pictures)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["share"]
+            set_learning_rate(optimizer, rate)
             for last in [False] * (recipe.gradient_accumulation_steps - 1) + [True]:
                 with contextlib.nullcontext() if last else accelerator.no_sync(module):
                     loss = phase.loss(module, next(batches)).mean() / recipe.gradient_accumulation_steps
@@ -121,6 +122,7 @@ def train(recipe: Recipe) -> Path:
             optimizer.zero_grad()
             before, seen, steps = seen, seen + recipe.batch_size, steps + 1
             ema.update(seen, recipe.batch_size)
+            powers.update(seen, recipe.batch_size)
             metrics.advance(seen)
 
             done, stopping = seen >= recipe.pictures, stop.anywhere()
@@ -130,12 +132,16 @@ def train(recipe: Recipe) -> Path:
                 mean = float(accelerator.reduce(total_loss / steps, "mean"))
                 metrics.log(seen, loss=mean, learning_rate=rate, gradient_norm=float(norm))
                 total_loss, steps = torch.zeros_like(total_loss), 0
+            if due(recipe.ema.snapshots_every):
+                powers.store(recipe.out / "snapshots", seen, identity, main)
             if due(recipe.validation.every) and main:
                 show(recipe, phase, ema, metrics, seen)
             if due(recipe.checkpoint_every) or stopping:
                 if main:
                     tensors = {"model": plain.state_dict(), "ema": ema.state_dict()}
                     tensors["optimizer"] = optimizer_tensors(optimizer, names)
+                    if recipe.ema.snapshots_every:
+                        tensors["powers"] = powers.state_dict()
                     state = {"identity": identity, "processes": accelerator.num_processes}
                     checkpoint.save(recipe.out / "checkpoints", seen, tensors, state, recipe.keep)
                 accelerator.wait_for_everyone()
@@ -206,6 +212,7 @@ def resume(
     recipe: Recipe,
     module: nn.Module,
     ema: EMA,
+    powers: PowerAverages,
     optimizer: torch.optim.Optimizer,
     names: dict[Tensor, str],
     identity: str,
@@ -223,6 +230,7 @@ def resume(
     tensors, state = checkpoint.load(newest, identity)
     module.load_state_dict(tensors["model"])
     ema.load_state_dict(tensors["ema"])
+    powers.load_state_dict(tensors.get("powers", {}))
     load_optimizer_tensors(optimizer, names, tensors["optimizer"])
     if report:
         print(f"resumed from {newest}", file=sys.stderr)
@@ -256,8 +264,11 @@ def show(recipe: Recipe, phase: Phase, ema: EMA, metrics: Metrics, seen: int) ->
         phase.module.train()
 
 
-def export_newest(recipe: Recipe) -> Path:
-    """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there."""
+def export_newest(recipe: Recipe, width: float | None = None) -> Path:
+    """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there.
+
+    width: of the average to make of the run's snapshots instead (see snapshots.py).
+    """
     newest = checkpoint.newest(recipe.out / "checkpoints")
     if newest is None:
         raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
@@ -265,7 +276,8 @@ def export_newest(recipe: Recipe) -> Path:
     uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
     phase = make_phase(uncached, data, torch.device("cpu"))
     tensors, _ = checkpoint.load(newest, identify(recipe, data, phase))
-    phase.module.load_state_dict(tensors["model"] | tensors["ema"])
+    averages = tensors["ema"] if width is None else reconstruct(recipe.out / "snapshots", width)[1]
+    phase.module.load_state_dict(tensors["model"] | averages)
     phase.export(recipe.out / "model")
     return recipe.out / "model"
 

@@ -55,6 +55,16 @@ class Muon(torch.optim.AdamW):
         parameter.add_(parted_like(parameter, step), alpha=-group["lr"] * size)
 
 
+def muon_flops(group: dict[str, Any]) -> int:
+    """Of one step for a group of `Muon`."""
+    total = 0
+    for parameter in group["params"] if group["matrices"] else ():
+        rows = len(parameter) // group["matrices"]
+        short, long = sorted((rows, parameter.numel() // len(parameter)))
+        total += group["matrices"] * STEPS * (4 * short**2 * long + 2 * short**3)
+    return total
+
+
 def orthogonal(matrix_MN: Tensor) -> Tensor:
     """The orthogonal matrix nearest to it, about: singular values between .7 and 1.2, in bf16, by Newton-Schulz steps
     (Jordan et al. 2024). A zero matrix stays zero."""

@@ -22,12 +22,21 @@ OUTER = {"conv_in", "conv_out", "linear_1", "token_embedding", "position_embeddi
 
 
 def make_optimizer(module: nn.Module, recipe: Optimizer) -> torch.optim.Optimizer:
-    """The optimizer of recipe.name for what trains in `module`. Weight decay acts on matrices and kernels, not on
-    biases and norms.
+    """The optimizer of recipe.name for what trains in `module`. Raises GazeError when 8-bit AdamW is not installed."""
+    groups = parameter_groups(module, recipe)
+    options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": recipe.betas}
+    if recipe.name == "muon":
+        return Muon(groups, recipe.momentum, fused=True, **options)
+    if recipe.name == "adamw_8bit":
+        return _adamw_8bit(groups, options)
+    return torch.optim.AdamW(groups, fused=True, **options)
 
-    Each group's "share" of the learning rate is 1, or recipe.text_share for a text encoder (`module.text_model`),
-    times recipe.muon_share for what Muon trains; "matrices" is 0, or of how many matrices such a weight consists.
-    Raises GazeError when 8-bit AdamW is not installed.
+
+def parameter_groups(module: nn.Module, recipe: Optimizer) -> list[dict[str, Any]]:
+    """What trains in `module`, by how. Weight decay acts on matrices and kernels, not on biases and norms.
+
+    Each group's "share" of the learning rate is 1, or recipe.text_share for a text encoder (`module.text_model` and
+    `text_model_2`), times recipe.muon_share for what Muon trains; "matrices" is 0, or of how many matrices such a weight consists.
     """
     fused = {f"{name}.proj.weight" for name, part in module.named_modules() if isinstance(part, GEGLU)}
     groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}
@@ -35,20 +44,14 @@ def make_optimizer(module: nn.Module, recipe: Optimizer) -> torch.optim.Optimize
         if parameter.requires_grad:
             inner = recipe.name == "muon" and parameter.ndim > 1 and not OUTER & set(name.split("."))
             matrices = (2 if name in fused else 1) if inner else 0
-            share = recipe.text_share if name.startswith("text_model.") else 1.0
+            share = recipe.text_share if name.startswith(("text_model.", "text_model_2.")) else 1.0
             share *= recipe.muon_share if matrices else 1.0
             decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((share, decay, matrices), []).append(parameter)
-    listed: list[dict[str, Any]] = [
+    return [
         {"params": values, "share": share, "weight_decay": decay, "matrices": matrices}
         for (share, decay, matrices), values in groups.items()
     ]
-    options: dict[str, Any] = {"lr": recipe.learning_rate, "betas": recipe.betas}
-    if recipe.name == "muon":
-        return Muon(listed, recipe.momentum, fused=True, **options)
-    if recipe.name == "adamw_8bit":
-        return _adamw_8bit(listed, options)
-    return torch.optim.AdamW(listed, fused=True, **options)
 
 
 def _adamw_8bit(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:

@@ -67,7 +67,7 @@ def _autoencoder(recipe: Recipe) -> Workload:
     _side(recipe, vae)
 
     def forward(batch: int) -> Tensor:
-        pixels_BCHW = torch.zeros(batch, 3, recipe.data.size, recipe.data.size)
+        pixels_BCHW = torch.randn(batch, 3, recipe.data.size, recipe.data.size)
         return vae.reconstruct(vae.posterior(pixels_BCHW)[0])
 
     return Workload(vae, nn.ModuleList(), forward)
@@ -100,7 +100,7 @@ def _diffusion(recipe: Recipe) -> Workload:
     def read(batch: int) -> tuple[Tensor, Tensor | None]:
         if frozen and recipe.data.cache_text:
             window = next(iter(texts.values())).config.max_position_embeddings
-            return torch.zeros(batch, window, unet.config.cross_attention_dim), torch.zeros(batch, vector_width or 1)
+            return torch.randn(batch, window, unet.config.cross_attention_dim), torch.randn(batch, vector_width or 1)
         if not both:
             return texts["text_encoder"](_tokens(texts["text_encoder"], batch)), None
         ends_B = torch.zeros(batch, dtype=torch.long)
@@ -114,8 +114,8 @@ def _diffusion(recipe: Recipe) -> Workload:
         vector_BV = None  # of SDXL: the pooled text and the sinusoids of six sizes
         if vector_width is not None and pooled_BP is not None:
             vector_BV = F.pad(pooled_BP, (0, vector_width - pooled_BP.shape[1]))
-        x_BCHW = torch.zeros(batch, unet.config.in_channels, side, side)
-        return unet(x_BCHW, torch.zeros(batch), context_BSE, vector_BV)
+        x_BCHW = torch.randn(batch, unet.config.in_channels, side, side)
+        return unet(x_BCHW, torch.rand(batch), context_BSE, vector_BV)
 
     module = nn.ModuleDict({"unet": unet} | ({} if frozen else named))
     return Workload(module, nn.ModuleList([vae, *(texts.values() if frozen else ())]), forward)
@@ -173,49 +173,49 @@ def _encode(recipe: Recipe, vae: Autoencoder, batch: int) -> None:
     """What a step does for its latents: nothing, where they were encoded before training."""
     if not recipe.data.cache_latents:
         with torch.no_grad():
-            vae.posterior(torch.zeros(batch, 3, recipe.data.size, recipe.data.size))
+            vae.posterior(torch.randn(batch, 3, recipe.data.size, recipe.data.size))
 
 
 class Cost(NamedTuple):
     """Of a forward and backward for one micro-batch. flops: of matrix products and convolutions, a multiplication and
     an addition being two. model_flops: without what gradient checkpointing computes again. bytes: the most at once
-    beside the weights; gradients are in it."""
+    beside the weights; gradients are in it. kernels: how many make a result of their own."""
 
     flops: int
     model_flops: int
     bytes: int
+    kernels: int
 
 
 def count(recipe: Recipe, batch: int) -> Cost:
     """What a forward and backward for `batch` pictures costs, counted on the meta device."""
-    device = torch.device("meta")
-    flops = []
-    for checkpointing in {recipe.gradient_checkpointing, False}:
-        work = make_workload(recipe.model_copy(update={"gradient_checkpointing": checkpointing}), device)
-        flops.append(_trace(work, batch, HALF.get(recipe.mixed_precision)))
-    recomputing = max(flops)
-    return Cost(recomputing[0], min(flops)[0], recomputing[1] if recipe.gradient_checkpointing else min(flops)[1])
+    half = HALF.get(recipe.mixed_precision)
+    once = recipe.model_copy(update={"gradient_checkpointing": False})
+    found = _trace(make_workload(once, torch.device("meta")), batch, half)
+    if not recipe.gradient_checkpointing:
+        return found
+    return _trace(make_workload(recipe, torch.device("meta")), batch, half)._replace(model_flops=found.flops)
 
 
-def _trace(work: Workload, batch: int, half: torch.dtype | None) -> tuple[int, int]:
-    """FLOPs and most bytes at once."""
+def _trace(work: Workload, batch: int, half: torch.dtype | None) -> Cost:
     with Tally() as tally, AsOnGpu(half) as attention:
         with torch.device("meta"):
             out = work.forward(batch)
         # Tensor.backward would leave the mode, and gradient checkpointing runs forward again within it.
         engine: Any = torch.autograd.Variable._execution_engine
         engine.run_backward((out,), (torch.empty_like(out),), False, False, (), accumulate_grad=True)
-    return tally.flops + attention.flops, tally.most
+    flops = tally.flops + attention.flops
+    return Cost(flops, flops, tally.most, tally.kernels)
 
 
 class Tally(TorchDispatchMode):
     """Counts, within it, FLOPs by torch's own table, and the bytes of tensors that are made and still referred to.
-    most: the most of them at once."""
+    most: the most of them at once. kernels: how often one was made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.known = WeakIdKeyDictionary()
-        self.now = self.most = self.flops = 0
+        self.now = self.most = self.flops = self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -232,6 +232,7 @@ class Tally(TorchDispatchMode):
         if storage not in self.known:
             self.known[storage] = storage.nbytes()
             self.now += storage.nbytes()
+            self.kernels += 1
             weakref.finalize(storage, self._remove, storage.nbytes())
 
     def _remove(self, size: int) -> None:
