@@ -56,7 +56,7 @@ def device_here(device: torch.device) -> Device | None:
     if device.type != "cuda":
         return None
     called = torch.cuda.get_device_name(device).lower().replace(" ", "").replace("geforce", "")
-    found = [name for name in DEVICES if name in called]
+    found = [name for name in DEVICES if all(part in called for part in name.split("-"))]
     return DEVICES[max(found, key=len)] if found else None
 
 

@@ -36,7 +36,8 @@ def parameter_groups(module: nn.Module, recipe: Optimizer) -> list[dict[str, Any
     """What trains in `module`, by how. Weight decay acts on matrices and kernels, not on biases and norms.
 
     Each group's "share" of the learning rate is 1, or recipe.text_share for a text encoder (`module.text_model` and
-    `text_model_2`), times recipe.muon_share for what Muon trains; "matrices" is 0, or of how many matrices such a weight consists.
+    `text_model_2`), times recipe.muon_share for what Muon trains; "matrices" is 0, or of how many matrices such a
+    weight consists.
     """
     fused = {f"{name}.proj.weight" for name, part in module.named_modules() if isinstance(part, GEGLU)}
     groups: dict[tuple[float, float, int], list[nn.Parameter]] = {}

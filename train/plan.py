@@ -117,19 +117,19 @@ def step_seconds(
 
 def advice(recipe: Recipe, found: Mapping[str, Any]) -> str:
     """The least change of the recipe with which a plan that does not fit would."""
-    steps = recipe.gradient_accumulation_steps
-    shares = [steps * more for more in range(1, found["micro_batch"] + 1) if found["micro_batch"] % more == 0]
-    fixed = found["memory"]["peak"] - found["memory"]["step"]
-    for checkpointing in sorted({recipe.gradient_checkpointing, True}):
-        for share in shares:
-            update = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": share}
-            batch = found["micro_batch"] * steps // share
-            step = count(recipe.model_copy(update=update), batch).bytes + 4 * found["trained"] * (share > 1)
-            if fixed + step <= USABLE * found["memory"]["device"]:
-                kept = recipe.gradient_checkpointing, steps
-                words = [f"{key}={value!r}".lower() for (key, value), old in zip(update.items(), kept, strict=True)
-                         if value != old]  # fmt: skip
-                return " ".join(words)
+    largest, steps = found["micro_batch"], recipe.gradient_accumulation_steps
+    room = USABLE * found["memory"]["device"] - (found["memory"]["peak"] - found["memory"]["step"])
+
+    def fits(batch: int, checkpointing: bool) -> bool:
+        changed = recipe.model_copy(update={"gradient_checkpointing": checkpointing})
+        return count(changed, batch).bytes + 4 * found["trained"] * (batch < largest or steps > 1) <= room
+
+    batches = [batch for batch in range(largest, 0, -1) if largest % batch == 0]
+    for checkpointing in sorted({recipe.gradient_checkpointing, True}) if fits(1, True) else ():
+        for batch in (batch for batch in batches if fits(batch, checkpointing)):
+            words = [] if checkpointing == recipe.gradient_checkpointing else ["gradient_checkpointing=true"]
+            words += [] if batch == largest else [f"gradient_accumulation_steps={steps * largest // batch}"]
+            return " ".join(words)
     return "--shard on more devices, optimizer.name=adamw_8bit, or a smaller model"
 
 

@@ -135,7 +135,8 @@ def _opened(init_from: str) -> tuple[UNet, Autoencoder, dict[str, CLIPText]]:
     path = local_path(init_from)
     if not path.exists():
         raise GazeError(f"model.init_from {init_from!r} does not exist", "check the path")
-    structure = open_single_file(path).structure if path.is_file() else read_structure(path)
+    with torch.device("cpu"):  # the noise levels are looked at
+        structure = open_single_file(path).structure if path.is_file() else read_structure(path)
     texts = {part: structure.text_encoder(part) for part in structure.texts}
     return UNet(structure.unet), Autoencoder(structure.vae), texts
 

@@ -104,7 +104,7 @@ def test_any_width_comes_out_of_the_snapshots(walk, width):
     right = walk.by_hand(width)
     spread = (walk.by_hand(0.1) - walk.by_hand(0.05)).norm()
     assert (found["weight"] - right).norm() < 0.03 * spread, "small against what a width changes"
-    assert (found["weight"] - right).norm() < 2e-3 * right.norm()
+    assert (found["weight"] - right).norm() < 4e-3 * right.norm()
 
 
 @pytest.mark.parametrize("width", [0.005, 0.284, 0.5, 0.0, -1.0, float("nan")])
