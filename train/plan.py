@@ -39,20 +39,17 @@ def plan(recipe: Recipe, gpu: str, devices: int = 1, price: float | None = None,
     device = None if gpu == "this" else find_device(gpu)
     batch = micro_batch(recipe, devices)
     work = make_workload(recipe, torch.device("meta"))
-    cost = count(recipe, batch)
     groups = parameter_groups(work.module, recipe.optimizer)
     trained = sum(parameter.numel() for group in groups for parameter in group["params"])
     total = sum(parameter.numel() for part in (work.module, work.beside) for parameter in part.parameters())
+    cost = step_cost(recipe, batch, trained, devices, shard)
     copies = 1 + (len(recipe.ema.widths) if recipe.ema.snapshots_every else 0)
     parts = devices if shard else 1
-    gradients = 4 * trained
-    # Those that others travel in, or that earlier micro-batches left, lie there from the first layer on.
-    beside = gradients // parts * ((recipe.gradient_accumulation_steps > 1) + (devices > 1 and not shard))
     memory = {
         "weights": 4 * (total - trained) + 4 * trained // parts,
         "optimizer": state_bytes(groups, recipe.optimizer.name) // parts,
         "averages": 4 * trained * copies // parts,
-        "step": cost.bytes - gradients + gradients // parts + beside,
+        "step": cost.bytes,
     }
     memory["peak"] = sum(memory.values())
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +59,7 @@ def plan(recipe: Recipe, gpu: str, devices: int = 1, price: float | None = None,
         seconds = recipe.gradient_accumulation_steps * times.micro_batch + times.update
         source = "measured here, without compile"
     else:
-        seconds = step_seconds(device, recipe, cost, sum(map(muon_flops, groups)), gradients, devices)
+        seconds = step_seconds(device, recipe, cost, sum(map(muon_flops, groups)), 4 * trained, devices)
         source = f"{device.share:.0%} of its peak: {device.source}"
     speed = recipe.batch_size / seconds
     hours = recipe.pictures / speed / 3600
@@ -103,6 +100,15 @@ def state_bytes(groups: list[dict[str, Any]], name: str) -> int:
                for parameter in group["params"])  # fmt: skip
 
 
+def step_cost(recipe: Recipe, batch: int, trained: int, devices: int, shard: bool) -> Cost:
+    """Of a micro-batch in its place: one before it has left gradients; and those of several devices travel in copies,
+    unless each device keeps only its part."""
+    left = recipe.gradient_accumulation_steps > 1
+    cost, gradients = count(recipe, batch, keep=not (shard or left)), 4 * trained
+    beside = gradients // devices if shard else gradients * (left + (devices > 1))
+    return cost._replace(bytes=cost.bytes + beside)
+
+
 def step_seconds(
     device: Device, recipe: Recipe, cost: Cost, update_flops: float, gradients: int, devices: int
 ) -> float:
@@ -121,8 +127,9 @@ def advice(recipe: Recipe, found: Mapping[str, Any]) -> str:
     room = USABLE * found["memory"]["device"] - (found["memory"]["peak"] - found["memory"]["step"])
 
     def fits(batch: int, checkpointing: bool) -> bool:
-        changed = recipe.model_copy(update={"gradient_checkpointing": checkpointing})
-        return count(changed, batch).bytes + 4 * found["trained"] * (batch < largest or steps > 1) <= room
+        update = {"gradient_checkpointing": checkpointing, "gradient_accumulation_steps": steps * largest // batch}
+        changed = recipe.model_copy(update=update)
+        return step_cost(changed, batch, found["trained"], found["count"], found["sharded"]).bytes <= room
 
     batches = [batch for batch in range(largest, 0, -1) if largest % batch == 0]
     for checkpointing in sorted({recipe.gradient_checkpointing, True}) if fits(1, True) else ():

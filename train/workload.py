@@ -180,7 +180,7 @@ def _encode(recipe: Recipe, vae: Autoencoder, batch: int) -> None:
 class Cost(NamedTuple):
     """Of a forward and backward for one micro-batch. flops: of matrix products and convolutions, a multiplication and
     an addition being two. model_flops: without what gradient checkpointing computes again. bytes: the most at once
-    beside the weights; gradients are in it. kernels: how many make a result of their own."""
+    beside the weights. kernels: how many make a result of their own."""
 
     flops: int
     model_flops: int
@@ -188,25 +188,27 @@ class Cost(NamedTuple):
     kernels: int
 
 
-def count(recipe: Recipe, batch: int) -> Cost:
-    """What a forward and backward for `batch` pictures costs, counted on the meta device."""
-    half = HALF.get(recipe.mixed_precision)
+def count(recipe: Recipe, batch: int, keep: bool = True) -> Cost:
+    """What a forward and backward for `batch` pictures costs, counted on the meta device. keep: gradients stay, as
+    before an optimizer's step, instead of going as soon as they are there."""
+    found = _trace(recipe, batch, keep)
     once = recipe.model_copy(update={"gradient_checkpointing": False})
-    found = _trace(make_workload(once, torch.device("meta")), batch, half)
-    if not recipe.gradient_checkpointing:
-        return found
-    return _trace(make_workload(recipe, torch.device("meta")), batch, half)._replace(model_flops=found.flops)
+    model = _trace(once, batch, keep) if recipe.gradient_checkpointing else found
+    return Cost(found.flops, model.flops, found.most, found.kernels)
 
 
-def _trace(work: Workload, batch: int, half: torch.dtype | None) -> Cost:
-    with Tally() as tally, AsOnGpu(half) as attention:
+def _trace(recipe: Recipe, batch: int, keep: bool) -> Tally:
+    work = make_workload(recipe, torch.device("meta"))
+    for parameter in work.module.parameters():
+        if parameter.requires_grad and not keep:
+            parameter.register_post_accumulate_grad_hook(lambda full: setattr(full, "grad", None))
+    with Tally() as tally, AsOnGpu(tally, HALF.get(recipe.mixed_precision)):
         with torch.device("meta"):
             out = work.forward(batch)
         # Tensor.backward would leave the mode, and gradient checkpointing runs forward again within it.
         engine: Any = torch.autograd.Variable._execution_engine
         engine.run_backward((out,), (torch.empty_like(out),), False, False, (), accumulate_grad=True)
-    flops = tally.flops + attention.flops
-    return Cost(flops, flops, tally.most, tally.kernels)
+    return tally
 
 
 class Tally(TorchDispatchMode):
@@ -242,18 +244,18 @@ class Tally(TorchDispatchMode):
 
 class AsOnGpu(TorchFunctionMode):
     """Has torch keep what it would keep on a GPU: autocast to `half` as its documentation lists, and fused attention,
-    which never holds its N x S weights (Dao et al. 2022). flops: of attention so far."""
+    which never holds its N x S weights (Dao et al. 2022) and whose FLOPs `tally` cannot see."""
 
     LOW = (F.linear, torch.conv2d)
     SINGLE = (F.group_norm, F.layer_norm)
 
-    def __init__(self, half: torch.dtype | None) -> None:
+    def __init__(self, tally: Tally, half: torch.dtype | None) -> None:
         super().__init__()
-        self.half, self.flops = half, 0
+        self.tally, self.half = tally, half
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:
-            return _Fused.apply(self, *(self._cast(value, self.half) for value in args[:3]))
+            return _Fused.apply(self.tally, *(self._cast(value, self.half) for value in args[:3]))
         if func in self.LOW:
             args = [self._cast(value, self.half) for value in args]
         elif func in self.SINGLE:
@@ -268,14 +270,14 @@ class _Fused(torch.autograd.Function):
     """Attention's memory, and 4 * N * S * D FLOPs a head forward and twice that backward."""
 
     @staticmethod
-    def forward(ctx: Any, mode: AsOnGpu, q_BLND: Tensor, k_BLSD: Tensor, v_BLSD: Tensor) -> Tensor:
+    def forward(ctx: Any, tally: Tally, q_BLND: Tensor, k_BLSD: Tensor, v_BLSD: Tensor) -> Tensor:
         out_BLND = torch.empty_like(q_BLND)
         ctx.save_for_backward(q_BLND, k_BLSD, v_BLSD, out_BLND)
-        ctx.mode, ctx.flops = mode, 4 * q_BLND.numel() * k_BLSD.shape[2]
-        mode.flops += ctx.flops
+        ctx.tally, ctx.flops = tally, 4 * q_BLND.numel() * k_BLSD.shape[2]
+        tally.flops += ctx.flops
         return out_BLND
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.mode.flops += 2 * ctx.flops
+        ctx.tally.flops += 2 * ctx.flops
         return None, *(torch.empty_like(value) for value in ctx.saved_tensors[:3])

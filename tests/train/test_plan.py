@@ -121,8 +121,7 @@ def test_what_is_frozen_costs_less(tuned):
     assert found == {name: flops for name, (flops, _) in real.items()}
     assert found["cross"] < found["unet"] < found["uncached"] < found["text"]
     assert found["lora"] < found["unet"]
-    for name, recipe in recipes.items():
-        assert plan(recipe, "h100")["trained"] == real[name][1]
+    assert plan(recipes["lora"], "h100")["trained"] == real["lora"][1]
     assert 0 < real["lora"][1] < real["cross"][1] < real["unet"][1] < real["text"][1]
 
 
@@ -154,7 +153,10 @@ def test_memory_is_the_sum_of_its_parts_and_sharding_divides_it(diffusion):
     assert shared["memory"]["averages"] == two["memory"]["averages"] // 2
     assert shared["memory"]["peak"] < two["memory"]["peak"]
     later = plan(diffusion(batch_size=16, gradient_accumulation_steps=2), "h100")
-    assert later["memory"]["step"] == count(recipe, 8).bytes + trained, "gradients of the micro-batch before"
+    assert later["memory"]["step"] == count(recipe, 8, keep=False).bytes + trained, (
+        "gradients of the micro-batch before"
+    )
+    assert shared["memory"]["step"] == count(recipe, 8, keep=False).bytes + trained // 2
     assert plan(diffusion(optimizer={"name": "adamw_8bit"}), "h100")["memory"]["optimizer"] == 2 * one["trained"]
 
 
