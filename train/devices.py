@@ -41,7 +41,7 @@ DEVICES = {
     "rtx4090": Device(165, 82.6, 24, 32, 0.28, ASSUMED),
     "rtx3090": Device(71, 35.6, 24, 32, 0.28, ASSUMED),
 }
-BETWEEN_MACHINES = 50.0  # GB/s and GPU: 400 Gbit/s each, as in machines of 8
+BETWEEN_MACHINES = 400.0  # GB/s of a machine one way: 8 adapters of 400 Gbit/s
 
 
 def find_device(name: str) -> Device:

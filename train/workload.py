@@ -117,7 +117,7 @@ def _diffusion(recipe: Recipe) -> Workload:
         x_BCHW = torch.randn(batch, unet.config.in_channels, side, side)
         return unet(x_BCHW, torch.rand(batch), context_BSE, vector_BV)
 
-    module = nn.ModuleDict({"unet": unet} | ({} if frozen else named))
+    module = nn.ModuleDict({"unet": unet, **({} if frozen else named)})
     return Workload(module, nn.ModuleList([vae, *(texts.values() if frozen else ())]), forward)
 
 
@@ -149,8 +149,7 @@ def _vae(recipe: Recipe) -> Autoencoder:
 def _text_encoder(recipe: Recipe) -> CLIPText:
     """A learned tokenizer has at most recipe.model.text.vocab_size tokens; here it has all of them."""
     if recipe.model.text_from is not None:
-        config = read_json(recipe.model.text_from / "text_encoder" / "config.json")
-        return CLIPText(CLIPTextConfig.from_diffusers(config))
+        return CLIPText(CLIPTextConfig.from_diffusers(read_json(recipe.model.text_from / "text_encoder/config.json")))
     size = recipe.model.text
     config = CLIPTextConfig(size.vocab_size, size.width, 4 * size.width, size.layers, size.heads, size.window, "gelu")
     return CLIPText(config)

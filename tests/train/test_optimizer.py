@@ -1,7 +1,9 @@
 """AdamW, Muon, 8-bit AdamW, their state, and the learning rate."""
 
 import itertools
+import json
 import math
+import os
 
 import pytest
 import torch
@@ -9,8 +11,8 @@ from torch import nn
 
 from diffusion.attention import GEGLU
 from diffusion.errors import GazeError
-from tests.train.tiny import UNET, make_pictures, make_vae, rows, run_here, tiny_recipe
-from train.config import Optimizer
+from tests.train.tiny import PROCESSES, UNET, free_port, make_pictures, make_vae, rows, run_here, tiny_recipe
+from train.config import Optimizer, Recipe
 from train.muon import muon_flops, orthogonal
 from train.optimizer import (
     learning_rate,
@@ -100,6 +102,47 @@ def test_the_rates_that_a_run_really_takes(tmp_path, monkeypatch, accumulation, 
     assert len(taken) == 8
     assert max(abs(rate - right) for rates, right in zip(taken, expected, strict=True) for rate in rates) < 1e-12
     assert rows(recipe.out)[-1]["learning_rate"] == taken[-1][0]
+
+
+def rates_taken(values: dict, environment: dict[str, str]) -> None:
+    """One of several processes that train together; writes the rates of each step of its optimizer."""
+    os.environ.update(environment)
+    recipe, step, taken = Recipe.model_validate(values), torch.optim.AdamW.step, []
+
+    def watched(self, *arguments):
+        taken.append([group["lr"] for group in self.param_groups])
+        return step(self, *arguments)
+
+    torch.optim.AdamW.step = watched
+    run_here(recipe)
+    (recipe.out / f"rates-{os.environ['RANK']}.json").write_text(json.dumps(taken))
+
+
+@pytest.mark.parametrize("processes, accumulation", [(2, 4), (4, 1)])
+def test_the_rates_that_several_processes_take(tmp_path, processes, accumulation):
+    """Half a cosine, down to 0; a resumed run and one process are above."""
+    recipe = tiny_recipe(tmp_path / "run", make_pictures(tmp_path / "pictures"), pictures=64,
+                         gradient_accumulation_steps=accumulation)  # fmt: skip
+    together = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free_port()), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    started = [
+        PROCESSES.Process(
+            target=rates_taken,
+            args=(recipe.model_dump(mode="json"), together | {"RANK": str(rank), "LOCAL_RANK": str(rank)}),
+        )
+        for rank in range(processes)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0] * processes
+    expected = [1e-3 * min((seen + 1) / 17, math.cos(math.pi / 2 * max(seen - 16, 0) / 48) ** 2)
+                for seen in range(0, 64, 8)]  # fmt: skip
+    for rank in range(processes):
+        taken = json.loads((recipe.out / f"rates-{rank}.json").read_text())
+        assert len(taken) == 8
+        assert max(abs(rate - right) for rates, right in zip(taken, expected, strict=True) for rate in rates) < 1e-12
 
 
 def test_each_group_gets_its_share():

@@ -193,7 +193,8 @@ def test_a_steps_time_is_its_arithmetic_unless_kernels_or_gradients_are_slower(d
     assert step_seconds(device, recipe, short, 0, 4 * 10**9, 8) == pytest.approx(
         0.008 + 2 * 4e9 * 7 / 8 / 450e9 - 2 / 3 * 0.008
     )
-    assert step_seconds(device, recipe, short, 0, 4 * 10**9, 16) > 0.1, "slower between machines"
+    between = step_seconds(device, recipe, short, 0, 4 * 10**9, 16)
+    assert between == pytest.approx(0.008 + 2 * 4e9 * 15 / 16 / 400e9 - 2 / 3 * 0.008), "slower between machines"
 
 
 def test_muons_arithmetic_takes_time(diffusion):
