@@ -14,7 +14,8 @@ from pipelines.launch import start_the_others
 USAGE = """\
 python -m train CONFIG [key.path=value ...]          train on one process; resumes by itself
 accelerate launch -m train CONFIG [key.path=value ...]  the same on many
-python -m train export RUN                           write RUN/model from RUN's newest checkpoint (averaged weights)
+python -m train plan CONFIG --gpu h100 --count 8     memory, speed, days and cost of a run before it begins
+python -m train export RUN [--ema-width 0.1]         write RUN/model from RUN's newest checkpoint (averaged weights)
 python -m train data emoji OUT [--size 64]           build the emoji data
 
 CONFIG is a recipe in YAML (see configs/); its keys and their meanings stand in train/config.py.
@@ -37,6 +38,10 @@ def main() -> int:
     try:
         if words[0] == "data":
             return data(words[1:])
+        if words[0] == "plan":
+            from . import plan
+
+            return plan.main(words[1:])
         if words[0] == "export":
             return export(words[1:])
         return run(words)
@@ -72,11 +77,12 @@ def run(words: list[str]) -> int:
 def export(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train export")
     parser.add_argument("run", type=Path)
+    parser.add_argument("--ema-width", type=float, help="average by this width instead, from the run's snapshots")
     arguments = parser.parse_args(words)
     from .config import load_recipe
     from .run import export as write
 
-    print(write(load_recipe(arguments.run / "recipe.yaml", [f"out={arguments.run}"])))
+    print(write(load_recipe(arguments.run / "recipe.yaml", [f"out={arguments.run}"]), arguments.ema_width))
     return 0
 
 

@@ -116,6 +116,12 @@ class Optimizer(Section):
     final_share: Share = 0.0  # of the learning rate, where linear and cosine end at the last picture
     clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
 
+    @model_validator(mode="after")
+    def _consistent(self) -> Optimizer:
+        if self.decay == "rsqrt" and not self.warmup and not self.decay_from:
+            raise ValueError("decay rsqrt falls from decay_from on, or from the end of the warm-up; both are 0")
+        return self
+
 
 class Ema(Section):
     half_life: NotNegative = 10_000  # pictures; 0 = no averaging

@@ -66,7 +66,7 @@ def train(recipe: Recipe) -> Path:
                 run.optimizer.step()
                 run.optimizer.zero_grad()
                 before, run.seen = run.seen, run.seen + recipe.batch_size
-                run.averages.update(run.seen, recipe.batch_size)
+                run.average()
                 metrics.advance(run.seen)
                 total_loss, steps = total_loss + loss, steps + 1
 
@@ -76,6 +76,8 @@ def train(recipe: Recipe) -> Path:
                         run.seen, loss=processes.mean(total_loss / steps), learning_rate=rate, gradient_norm=float(norm)
                     )
                     total_loss, steps = torch.zeros_like(total_loss), 0
+                if due(recipe.ema.snapshots_every):
+                    run.powers.store(recipe.out / "snapshots", run.seen, run.state["identity"], processes.first)
                 if due(recipe.validation.every):
                     show(run, metrics)
                 if due(recipe.checkpoint_every) or stopping:

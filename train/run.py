@@ -24,10 +24,11 @@ from .config import Recipe
 from .data.drawn import draw_folder
 from .data.folder import Batches, Captioned, Sample, check, read_folder
 from .ema import EMA
-from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 from .processes import Processes
 from .sharding import assign
 from .signals import shield
+from .snapshots import PowerAverages, reconstruct
 
 
 class Phase(Protocol):
@@ -63,6 +64,7 @@ class Run:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     averages: EMA
+    powers: PowerAverages
     checkpoints: Checkpoints
     state: dict[str, Any]  # of every checkpoint: what it belongs to
     batches: Iterator[list[Sample]]
@@ -76,15 +78,21 @@ class Run:
     def set_rate(self) -> float:
         """Gives the optimizer the rate of the next step, and returns it."""
         rate = learning_rate(self.recipe.optimizer, self.seen, self.recipe.pictures)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["share"]
+        set_learning_rate(self.optimizer, rate)
         return rate
+
+    def average(self) -> None:
+        """Takes the weights of the step just made into their averages."""
+        self.averages.update(self.seen, self.recipe.batch_size)
+        self.powers.update(self.seen, self.recipe.batch_size)
 
     def save(self, last: bool) -> None:
         """Writes a checkpoint. last: that it fails is an error at once, for no later one would make it good."""
         names = {value: name for name, value in self.parameters.items()}
         tensors = {"model": self.phase.module.state_dict(), "ema": self.averages.state_dict()}
         tensors["optimizer"] = optimizer_tensors(self.optimizer, names)
+        if self.recipe.ema.snapshots_every:
+            tensors["powers"] = self.powers.state_dict()
         self.checkpoints.save(self.seen, tensors, self.state, last)
 
 
@@ -99,7 +107,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     checkpoints = Checkpoints(recipe.out / "checkpoints", recipe.keep, processes)
     module, optimizer = accelerator.prepare(phase.module, make_optimizer(phase.module, recipe.optimizer))
     averages = EMA(phase.module, recipe.ema.half_life)
-    run = Run(recipe, processes, phase, module, optimizer, averages, checkpoints, state, iter(()), 0)
+    powers = PowerAverages(phase.module, recipe.ema.widths if recipe.ema.snapshots_every else ())
+    run = Run(recipe, processes, phase, module, optimizer, averages, powers, checkpoints, state, iter(()), 0)
     resume(run)
     checkpoints.remove_leftovers()
     if processes.first:
@@ -165,6 +174,7 @@ def resume(run: Run) -> None:
     tensors, _ = load_checkpoint(found, run.state)
     assign(run.phase.module, tensors["model"])
     run.averages.load_state_dict(tensors["ema"])
+    run.powers.load_state_dict(tensors.get("powers", {}))
     load_optimizer_tensors(run.optimizer, {value: name for name, value in run.parameters.items()}, tensors["optimizer"])
     run.seen = int(found.name)
     if run.processes.first:
@@ -178,8 +188,11 @@ def load(recipe: Recipe, data: Captioned, start: int, processes: Processes) -> I
     return iter(DataLoader(data, batch_sampler=positions, collate_fn=list, num_workers=workers, worker_init_fn=shield))
 
 
-def export(recipe: Recipe) -> Path:
-    """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there."""
+def export(recipe: Recipe, width: float | None = None) -> Path:
+    """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there.
+
+    width: of the average to make of the run's snapshots instead (see snapshots.py).
+    """
     newest = Checkpoints(recipe.out / "checkpoints", recipe.keep).newest()
     if newest is None:
         raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
@@ -187,6 +200,7 @@ def export(recipe: Recipe) -> Path:
     uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
     phase = make_phase(uncached, data, torch.device("cpu"))
     tensors, _ = load_checkpoint(newest, belongs_to(recipe, data, phase))
-    phase.module.load_state_dict(tensors["model"] | tensors["ema"])
+    averages = tensors["ema"] if width is None else reconstruct(recipe.out / "snapshots", width)[1]
+    phase.module.load_state_dict(tensors["model"] | averages)
     phase.export(recipe.out / "model")
     return recipe.out / "model"
