@@ -1,0 +1,47 @@
+"""What a run ran on: environment.jsonl gets a line at each start, so that a report can tell of resumes and versions."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+
+from pipelines import __version__
+
+from .processes import Processes
+
+
+def note_start(out: Path, pictures: int, processes: Processes, plan: Mapping[str, float] | None = None) -> None:
+    """Adds a line of out/environment.jsonl. All processes call it, the first writes.
+
+    pictures: seen before this start; 0 when the run is new. plan: figures that are expected, by their names in
+    metrics.jsonl.
+    """
+    devices = processes.gather(describe(processes.device))
+    if processes.first:
+        row: dict[str, Any] = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "pictures": pictures,
+            "processes": processes.count,
+            "devices": sorted(set(devices)),
+            "gaze": __version__,
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "python": platform.python_version(),
+            "system": platform.platform(),
+        }
+        with (out / "environment.jsonl").open("a") as file:
+            file.write(json.dumps(row | ({"plan": dict(plan)} if plan else {})) + "\n")
+
+
+def describe(device: torch.device) -> str:
+    """A device in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {device.type} with {torch.get_num_threads()} threads"
