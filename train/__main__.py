@@ -15,6 +15,7 @@ USAGE = """\
 python -m train CONFIG [key.path=value ...]          train on one process; resumes by itself
 accelerate launch -m train CONFIG [key.path=value ...]  the same on many
 python -m train export RUN                           write RUN/model from RUN's newest checkpoint (averaged weights)
+python -m train report RUN                           write RUN/report.html, one page of curves and samples
 python -m train data emoji OUT [--size 64]           build the emoji data
 
 CONFIG is a recipe in YAML (see configs/); its keys and their meanings stand in train/config.py.
@@ -39,6 +40,10 @@ def main() -> int:
             return data(words[1:])
         if words[0] == "export":
             return export(words[1:])
+        if words[0] == "report":
+            from .report import main as report
+
+            return report(words[1:])
         return run(words)
     except GazeError as error:
         if debug:

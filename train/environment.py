@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import accelerate
 import torch
@@ -17,15 +15,14 @@ from pipelines import __version__
 from .processes import Processes
 
 
-def note_start(out: Path, pictures: int, processes: Processes, plan: Mapping[str, float] | None = None) -> None:
+def note_start(out: Path, pictures: int, processes: Processes) -> None:
     """Adds a line of out/environment.jsonl. All processes call it, the first writes.
 
-    pictures: seen before this start; 0 when the run is new. plan: figures that are expected, by their names in
-    metrics.jsonl.
+    pictures: seen before this start; 0 when the run is new.
     """
     devices = processes.gather(describe(processes.device))
     if processes.first:
-        row: dict[str, Any] = {
+        row = {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "pictures": pictures,
             "processes": processes.count,
@@ -37,7 +34,7 @@ def note_start(out: Path, pictures: int, processes: Processes, plan: Mapping[str
             "system": platform.platform(),
         }
         with (out / "environment.jsonl").open("a") as file:
-            file.write(json.dumps(row | ({"plan": dict(plan)} if plan else {})) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def describe(device: torch.device) -> str:

@@ -32,8 +32,11 @@ from .config import Recipe
 from .data.drawn import draw_folder
 from .data.folder import Batches, Captioned, Sample, check, read_folder
 from .ema import EMA
+from .environment import note_start
 from .metrics import Metrics
 from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .processes import Processes
+from .trackers import check_trackers, open_trackers
 
 GRACE = 10  # seconds
 
@@ -78,6 +81,7 @@ def train(recipe: Recipe) -> Path:
     """
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     main = accelerator.is_main_process
+    check_trackers(recipe.trackers)
     if main:
         open_folder(recipe)
     accelerator.wait_for_everyone()
@@ -97,7 +101,12 @@ def train(recipe: Recipe) -> Path:
         module = torch.compile(module)
     batches = load(recipe, data, seen, accelerator)
     total_loss, steps = torch.zeros((), device=accelerator.device), 0
-    metrics = Metrics(recipe.out / "metrics.jsonl", seen, recipe.pictures, main)
+    note_start(recipe.out, seen, Processes(accelerator.process_index, accelerator.num_processes, accelerator.device))
+    trackers = open_trackers(recipe, seen) if main else []
+    metrics = Metrics(
+        recipe.out / "metrics.jsonl", seen, recipe.pictures, main, device=accelerator.device, trackers=trackers
+    )
+    lap = metrics.watch.lap
 
     with metrics, StopSignal(accelerator) as stop:
         while seen < recipe.pictures:
@@ -106,8 +115,13 @@ def train(recipe: Recipe) -> Path:
                 group["lr"] = rate * group["share"]
             for last in [False] * (recipe.gradient_accumulation_steps - 1) + [True]:
                 with contextlib.nullcontext() if last else accelerator.no_sync(module):
-                    loss = phase.loss(module, next(batches)).mean() / recipe.gradient_accumulation_steps
+                    lap("trainer")
+                    samples = next(batches)
+                    lap("data")
+                    loss = phase.loss(module, samples).mean() / recipe.gradient_accumulation_steps
+                    lap("forward")
                     accelerator.backward(loss)
+                    lap("backward")
                 total_loss += loss.detach()
             norm = accelerator.clip_grad_norm_(plain.parameters(), recipe.optimizer.clip)
             if not torch.isfinite(norm):
@@ -119,6 +133,7 @@ def train(recipe: Recipe) -> Path:
                 )
             optimizer.step()
             optimizer.zero_grad()
+            lap("optimizer")
             before, seen, steps = seen, seen + recipe.batch_size, steps + 1
             ema.update(seen, recipe.batch_size)
             metrics.advance(seen)
@@ -131,14 +146,18 @@ def train(recipe: Recipe) -> Path:
                 metrics.log(seen, loss=mean, learning_rate=rate, gradient_norm=float(norm))
                 total_loss, steps = torch.zeros_like(total_loss), 0
             if due(recipe.validation.every) and main:
+                lap("trainer")
                 show(recipe, phase, ema, metrics, seen)
+                lap("validation")
             if due(recipe.checkpoint_every) or stopping:
+                lap("trainer")
                 if main:
                     tensors = {"model": plain.state_dict(), "ema": ema.state_dict()}
                     tensors["optimizer"] = optimizer_tensors(optimizer, names)
                     state = {"identity": identity, "processes": accelerator.num_processes}
                     checkpoint.save(recipe.out / "checkpoints", seen, tensors, state, recipe.keep)
                 accelerator.wait_for_everyone()
+                lap("checkpoint")
             if stopping and not done:
                 accelerator.end_training()
                 raise Stopped(seen)

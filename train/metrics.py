@@ -15,7 +15,6 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .ema import EMA
 from .trackers import Tracker, finish
 
 AWAY = ("validation", "checkpoint")  # laps that are no part of a step
@@ -144,15 +143,6 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-@torch.no_grad()
-def ema_distance(ema: EMA) -> float:
-    """How far the averages are from the weights: ||average - weight|| / ||weight||, over all trained parameters."""
-    pairs = [(ema.average[name], weight) for name, weight in ema.parameters.items()]
-    apart = torch.stack([torch.linalg.vector_norm((average - weight).float()) for average, weight in pairs])
-    size = torch.stack([torch.linalg.vector_norm(weight.float()) for _, weight in pairs])
-    return float(apart.norm() / size.norm())
 
 
 def _drop_after(path: Path, pictures: int) -> None:
