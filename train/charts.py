@@ -10,7 +10,7 @@ from itertools import chain
 WIDTH, HEIGHT = 560, 200  # of the area of the curves
 LEFT, TOP, RIGHT, BOTTOM = 62, 8, 14, 26
 MOST = 700  # points of a drawn curve
-SMOOTHED_FROM = 60  # points; a lone curve with as many is drawn pale, with its running mean
+SMOOTHED_FROM = 60  # points
 LOGARITHMIC_FROM = 30.0  # ratio of the largest value to the smallest
 COLOURS = ("#2f7fd0", "#d9730d", "#2b9a66", "#b0479b", "#8a6d00", "#c0392b", "#5b6ee1", "#3d8b8b")
 
@@ -18,11 +18,17 @@ Points = Sequence[tuple[float, float]]
 
 
 def chart(
-    title: str, note: str, curves: Mapping[str, Points], marks: Sequence[float] = (), ordered: bool = False
+    title: str,
+    note: str,
+    curves: Mapping[str, Points],
+    marks: Sequence[float] = (),
+    ordered: bool = False,
+    noisy: bool = False,
 ) -> str:
     """A figure of curves by name over pictures seen, values finite.
 
-    marks: places on the x axis, as dashed lines. ordered: the curves have an order, which their colours then show.
+    marks: places on the x axis, as dashed lines. ordered: the curves have an order, which their colours then show, all
+    but the one called "mean". noisy: curves of many points are drawn pale, with their running means.
     The y axis is logarithmic where values are positive and spread far.
     """
     xs = [x for points in curves.values() for x, _ in points]
@@ -35,8 +41,7 @@ def chart(
     def place(x: float, y: float) -> tuple[float, float]:
         return (x - start) / (end - start) * WIDTH, (high - scale(y)) / (high - low) * HEIGHT
 
-    colours = [_shade(place / max(len(curves) - 1, 1)) if ordered else COLOURS[place % len(COLOURS)]
-               for place in range(len(curves))]  # fmt: skip
+    colours = [_colour(name, number, len(curves), ordered) for number, name in enumerate(curves)]
     view = f"{-LEFT} {-TOP} {LEFT + WIDTH + RIGHT} {TOP + HEIGHT + BOTTOM}"
     data = f'data-x="{start!r} {end!r}" data-y="{low!r} {high!r}"'
     data += f' data-log="{int(logarithmic)}" data-size="{WIDTH} {HEIGHT}"'
@@ -53,7 +58,7 @@ def chart(
         parts.append(f'<line class="mark" x1="{x:.1f}" y1="0" x2="{x:.1f}" y2="{HEIGHT}"/>')
     for (name, points), colour in zip(curves.items(), colours, strict=True):
         raw = ""
-        if len(curves) == 1 and len(points) >= SMOOTHED_FROM:
+        if noisy and len(points) >= SMOOTHED_FROM:
             parts.append(_curve(name, [place(*point) for point in thin(points)], colour, "raw"))
             points, raw = smooth(points), ", running mean"
         parts.append(_curve(name + raw, [place(*point) for point in thin(points)], colour, "curve"))
@@ -100,9 +105,11 @@ def _curve(name: str, places: Points, colour: str, kind: str) -> str:
     return f'{dot}<polyline class="{kind}" data-name="{escape(name)}" points="{points}" style="stroke:{colour}"/>'
 
 
-def _shade(share: float) -> str:
-    """From blue to red, alike in lightness, which reads on a light page and on a dark one."""
-    return f"hsl({220 - 215 * share:.0f} 65% 52%)"
+def _colour(name: str, number: int, count: int, ordered: bool) -> str:
+    """Of curve `number` of `count`. Shades go from blue to red, alike in lightness, for light pages and dark ones."""
+    if not ordered:
+        return COLOURS[number % len(COLOURS)]
+    return "var(--text)" if name == "mean" else f"hsl({220 - 215 * number / max(count - 1, 1):.0f} 65% 52%)"
 
 
 def _spread(low: float, high: float, margin: float = 0.05) -> tuple[float, float]:

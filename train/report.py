@@ -37,6 +37,7 @@ CHARTS = {  # in this order, then what else was logged; a name also holds the na
     "ema_distance": ("EMA distance", "of the averaged weights from the weights, relative"),
     "captions_dropped": ("Captions dropped", "share"),
 }
+NOISY = ("loss", "gradient_norm", "pictures_per_second")
 TILES = ("loss", "held_out_loss", "pictures_per_second", "mfu", "peak_memory_gb", "time/data")
 
 Row = dict[str, Any]
@@ -137,19 +138,19 @@ def _charts(curves: dict[str, list[tuple[float, float]]], resumes: list[float]) 
     for name, points in curves.items():
         group, _, part = name.partition("/")
         if group != "seconds":
-            groups.setdefault(group, {})[part or group.replace("_", " ")] = points
+            groups.setdefault(group, {})[part or "mean"] = points
     charts = []
     for group, parts in groups.items():
         title, note = CHARTS.get(group, (group.replace("_", " "), ""))
         if parts:
-            charts.append(chart(title, note, parts, resumes, ordered=group == "held_out_loss"))
+            charts.append(chart(title, note, parts, resumes, group == "held_out_loss", group in NOISY))
     return charts
 
 
 def _tile(name: str, points: Points) -> str:
-    """The latest value, of a noisy curve its running mean."""
+    """The latest value, of a noisy curve the latest mean."""
     title = "Waiting for data" if name == "time/data" else CHARTS[name][0]
-    value = smooth(points)[-1][1]
+    value = (smooth(points) if name in NOISY else points)[-1][1]
     text = f"{value:.1%}" if name in ("mfu", "time/data") else short(value)
     unit = " GB" if name == "peak_memory_gb" else ""
     return f"<div><small>{escape(title)}</small><b>{text}{unit}</b></div>"
