@@ -14,7 +14,7 @@ import statistics
 from datetime import datetime, timezone
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -81,8 +81,9 @@ def render(run: Path, rows: list[Row]) -> str:
     recipe = _parse(recipe_text)
     starts = read_rows(run / "environment.jsonl")
     curves = read_curves(rows)
-    seen, total = rows[-1]["pictures"], recipe.get("pictures", rows[-1]["pictures"])
-    share = min(seen / total, 1.0) if _is_number(total) and total else 1.0
+    seen, pictures = rows[-1]["pictures"], recipe.get("pictures")
+    total = pictures if _is_number(pictures) and pictures > 0 else seen
+    share = min(seen / total, 1.0) if total else 1.0
     return PAGE.substitute(
         style=STYLE,
         script=SCRIPT,
@@ -110,7 +111,7 @@ def read_curves(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
     return curves
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -82,9 +82,9 @@ def test_peak_memory_is_of_this_process():
 
 
 def test_a_line_that_cannot_be_written_is_a_warning(tmp_path):
-    with Metrics(tmp_path / "none" / "metrics.jsonl", 0, 80, active=True) as metrics:
-        with pytest.warns(UserWarning, match=r"metrics\.jsonl cannot be written.*the run goes on"):
-            metrics.log(8, loss=0.5)
+    metrics = Metrics(tmp_path / "none" / "metrics.jsonl", 0, 80, active=True)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl cannot be written.*the run goes on"):
+        metrics.log(8, loss=0.5)
 
 
 def test_each_start_is_noted_with_what_it_runs_on(tmp_path):

@@ -1,5 +1,6 @@
 """Trackers: what TensorBoard gets, and that none of them stops or slows a run."""
 
+import json
 import threading
 import time
 import warnings
@@ -10,7 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from PIL import Image
 
 from diffusion.errors import GazeError
-from tests.train.tiny import tiny_recipe
+from tests.train.tiny import make_pictures, make_vae, newest_files, run_here, tiny_recipe
 from train import trackers
 from train.metrics import Metrics
 from train.trackers import CAPACITY, check_trackers, finish, open_trackers
@@ -119,7 +120,8 @@ def test_rows_arrive_in_order_and_before_the_end(opened):
 )
 def test_one_that_fails_is_warned_of_once_and_the_run_goes_on(opened, tmp_path, kind, says):
     started, made = opened(kind)
-    with pytest.warns(UserWarning, match="the run goes on") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         with Metrics(tmp_path / "metrics.jsonl", 0, 80, active=True, trackers=started) as metrics:
             for seen in (8, 16, 24):
                 metrics.log(seen, loss=0.5)
@@ -167,3 +169,20 @@ def test_a_name_that_nobody_knows_or_a_tracker_that_is_missing_ends_the_run_befo
     check_trackers([])
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "recording", Recording)
     check_trackers(["recording"])
+
+
+def test_a_run_feeds_its_trackers_and_changes_no_bit(tmp_path):
+    pictures, vae = make_pictures(tmp_path / "pictures"), make_vae(tmp_path / "vae")
+    found = []
+    for names in ((), ("tensorboard",)):
+        recipe = tiny_recipe(tmp_path / f"run{len(names)}", pictures, vae, pictures=16, trackers=names)
+        run_here(recipe)
+        found.append(newest_files(recipe.out)["model.safetensors"])
+    assert found[0] == found[1]
+    assert list((recipe.out / "trackers" / "gaze").glob("events*"))
+    row = json.loads((recipe.out / "metrics.jsonl").read_text())
+    assert {"time/data", "time/forward", "time/backward", "time/optimizer", "time/trainer"} <= row.keys()
+    assert sum(value for name, value in row.items() if name.startswith("time/")) == pytest.approx(1)
+    with pytest.raises(GazeError, match="no tracker 'tensorbord'"):
+        run_here(recipe.model_copy(update={"out": tmp_path / "none", "trackers": ("tensorbord",)}))
+    assert not (tmp_path / "none").exists()

@@ -205,7 +205,7 @@ def read(out: Path):
 
 def test_losses_figures_and_grid_are_of_the_averaged_weights(recipe):
     run(recipe(), Small())
-    (first,) = [row for row in read(recipe().out)]
+    (first,) = read(recipe().out)
     assert first["held_out_loss"] == pytest.approx(3 * alone(recipe())["held_out_loss"])
     assert first["psnr"] == 6
     assert first["pictures"] == 16
