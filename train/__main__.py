@@ -16,6 +16,7 @@ python -m train CONFIG [key.path=value ...]          train on one process; resum
 accelerate launch -m train CONFIG [key.path=value ...]  the same on many
 python -m train plan CONFIG --gpu h100 --count 8     memory, speed, days and cost of a run before it begins
 python -m train export RUN [--ema-width 0.1]         write RUN/model from RUN's newest checkpoint (averaged weights)
+python -m train report RUN                           write RUN/report.html, one page of curves and samples
 python -m train data emoji OUT [--size 64]           build the emoji data
 
 CONFIG is a recipe in YAML (see configs/); its keys and their meanings stand in train/config.py.
@@ -42,6 +43,10 @@ def main() -> int:
             from . import plan
 
             return plan.main(words[1:])
+        if words[0] == "report":
+            from . import report
+
+            return report.main(words[1:])
         if words[0] == "export":
             return export(words[1:])
         return run(words)

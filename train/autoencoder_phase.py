@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,14 +59,20 @@ class AutoencoderPhase:
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((1, 2, 3))
         return error + self.recipe.objective.kl_weight * kl
 
-    @torch.no_grad()
-    def grid(self) -> Tensor:
-        """Pictures above their reconstructions, BCHW."""
-        pixels = self._pictures(SHOWN)
-        return torch.cat([pixels, self._reconstruct(pixels)]).cpu()
+    @property
+    def shown(self) -> int:
+        return 2 * min(SHOWN, len(self.data.entries))
 
     @torch.no_grad()
-    def measure(self) -> dict[str, float]:
+    def pictures(self, numbers: Sequence[int]) -> Tensor:
+        """Pictures in the first row, their reconstructions in the second, BCHW."""
+        pixels = self._pictures(SHOWN)
+        chosen = pixels[[number % len(pixels) for number in numbers]]
+        again = torch.tensor([number >= len(pixels) for number in numbers], device=self.device)
+        return torch.where(again[:, None, None, None], self._reconstruct(chosen), chosen).cpu()
+
+    @torch.no_grad()
+    def figures(self) -> dict[str, float]:
         """PSNR in dB over up to 256 pictures, spread evenly over the data."""
         pixels = self._pictures(256)
         errors = [

@@ -95,13 +95,18 @@ class DiffusionPhase:
 
         return denoising_loss(predict, clean, noise, sigma, schedule, weight)
 
-    def measure(self) -> dict[str, float]:
+    @property
+    def shown(self) -> int:
+        return len(self.recipe.validation.prompts)
+
+    def figures(self) -> dict[str, float]:
         return {}
 
-    def grid(self) -> Tensor:
-        """One picture of each validation prompt."""
+    def pictures(self, numbers: Sequence[int]) -> Tensor:
+        """Of the validation prompts of these numbers, each with a seed of its own."""
         validation = self.recipe.validation
-        return TextToImage(self.model)(validation.prompts, seed=validation.seed).pixels_BCHW
+        draw = TextToImage(self.model)
+        return torch.cat([draw(validation.prompts[i], seed=validation.seed + i).pixels_BCHW for i in numbers])
 
     def export(self, folder: Path) -> None:
         dtype = torch.float16 if self.recipe.model.save_as == "float16" else torch.float32

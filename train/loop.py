@@ -6,6 +6,7 @@ rate, nor the checkpoint: those are functions of pictures seen (see data/folder.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,17 +15,18 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from diffusion.errors import GazeError
-from pipelines.images import to_pil
-from pipelines.sheet import grid
 
 from .company import Company
 from .config import Recipe
 from .data.folder import Sample
+from .environment import note_start
 from .launch import make_accelerator, processes_of
 from .metrics import Metrics
 from .run import Run, export, prepare
 from .sharding import gathered, whole
 from .signals import StopSignal
+from .trackers import check_trackers, open_trackers
+from .validation import validate
 
 Losses = list[tuple[list[Sample], Tensor]]  # of each micro-batch
 
@@ -45,43 +47,50 @@ def train(recipe: Recipe) -> Path:
     Raises GazeError for bad data, a folder that cannot be written or a checkpoint of another recipe; NotFinite when the
     loss or a gradient is; NotSaved when checkpoints cannot be written; Stopped after a signal.
     """
+    check_trackers(recipe.trackers)
     accelerator = make_accelerator(recipe)
     processes = processes_of(accelerator)
     with Company(processes) as company:
         run = prepare(recipe, accelerator, processes)
-        total_loss, steps = torch.zeros((), device=accelerator.device), 0
-        with (
-            Metrics(recipe.out / "metrics.jsonl", run.seen, recipe.pictures, processes.first) as metrics,
-            StopSignal() as stop,
-        ):
+        loss_sum, steps = torch.zeros((), device=accelerator.device), 0
+        with open_metrics(run) as metrics, StopSignal() as stop:
+            lap = metrics.watch.lap
             while run.seen < recipe.pictures:
                 company.at(run.seen, run.seen // recipe.batch_size)
                 rate = run.set_rate()
-                losses = [backward(accelerator, run) for _ in range(recipe.gradient_accumulation_steps)]
+                losses = [backward(accelerator, run, lap) for _ in range(recipe.gradient_accumulation_steps)]
                 loss = torch.cat([loss_B for _, loss_B in losses]).mean()
                 norm = whole(accelerator.clip_grad_norm_([*run.phase.module.parameters()], recipe.optimizer.clip))
-                broken, stopping = processes.any(~(loss + norm).isfinite(), stop.received)
+                broken, stopping = processes.any_of(~(loss + norm).isfinite(), stop.received)
                 if broken:
                     raise not_finite(run, losses)
                 run.optimizer.step()
                 run.optimizer.zero_grad()
+                lap("optimizer")
                 before, run.seen = run.seen, run.seen + recipe.batch_size
                 run.average()
                 metrics.advance(run.seen)
-                total_loss, steps = total_loss + loss, steps + 1
+                loss_sum, steps = loss_sum + loss, steps + 1
 
                 due = partial(is_due, before, run.seen, recipe.pictures)
                 if due(recipe.log_every):
+                    mean, distance = processes.mean(loss_sum / steps), run.averages.distance()
                     metrics.log(
-                        run.seen, loss=processes.mean(total_loss / steps), learning_rate=rate, gradient_norm=float(norm)
+                        run.seen, loss=mean, learning_rate=rate, gradient_norm=float(norm), ema_distance=distance
                     )
-                    total_loss, steps = torch.zeros_like(total_loss), 0
+                    loss_sum, steps = torch.zeros_like(loss_sum), 0
                 if due(recipe.ema.snapshots_every):
                     run.powers.store(recipe.out / "snapshots", run.seen, run.state["identity"], processes.first)
-                if due(recipe.validation.every):
-                    show(run, metrics)
+                lap("trainer")
+                if due(recipe.validation.every) and not stopping:
+                    with gathered(run.phase.module):
+                        validate(recipe, run.phase, [], run.averages, processes, metrics, run.seen,
+                                 stopping=lambda: processes.any(stop.received))  # fmt: skip
+                    stopping = processes.any(stop.received)
+                    lap("validation")
                 if due(recipe.checkpoint_every) or stopping:
                     run.save(last=stopping or run.seen >= recipe.pictures)
+                    lap("checkpoint")
                 if stopping and run.seen < recipe.pictures:
                     raise Stopped(run.seen)
         if processes.first:
@@ -91,17 +100,30 @@ def train(recipe: Recipe) -> Path:
     return recipe.out / "model"
 
 
+def open_metrics(run: Run) -> Metrics:
+    """The log of the run, with the trackers that the recipe asks for."""
+    recipe, processes = run.recipe, run.processes
+    note_start(recipe.out, run.seen, processes)
+    trackers = open_trackers(recipe, run.seen) if processes.first else []
+    log, device = recipe.out / "metrics.jsonl", processes.device
+    return Metrics(log, run.seen, recipe.pictures, processes.first, device=device, trackers=trackers)
+
+
 def is_due(before: int, seen: int, total: int, every: int) -> bool:
     """Whether the step from `before` to `seen` pictures passes a multiple of `every`, or ends the run; never for 0."""
     return every > 0 and (seen >= total or before // every < seen // every)
 
 
-def backward(accelerator: Accelerator, run: Run) -> tuple[list[Sample], Tensor]:
+def backward(accelerator: Accelerator, run: Run, lap: Callable[[str], None]) -> tuple[list[Sample], Tensor]:
     """Adds the gradient of this process's next micro-batch. Returns its samples and the loss of each, B."""
+    lap("trainer")
     samples = next(run.batches)
+    lap("data")
     with accelerator.accumulate(run.module):  # divides the loss by the number of micro-batches
         loss_B = run.phase.loss(run.module, samples)
+        lap("forward")
         accelerator.backward(loss_B.mean())
+        lap("backward")
     return samples, loss_B.detach()
 
 
@@ -121,17 +143,3 @@ def not_finite(run: Run, losses: Losses) -> NotFinite:
         "the same command goes on from the last checkpoint, which is sound; if it happens again, in a new "
         "out=DIR a lower optimizer.learning_rate or mixed_precision=no",
     )
-
-
-def show(run: Run, metrics: Metrics) -> None:
-    """Logs the phase's figures and writes a grid of its pictures, both with the averaged weights."""
-    with run.averages.swapped(), gathered(run.phase.module):
-        run.phase.module.eval()
-        figures = run.phase.measure()
-        if figures:
-            metrics.log(run.seen, **figures)
-        folder = run.recipe.out / "samples"
-        folder.mkdir(exist_ok=True)
-        if run.processes.first:
-            grid(to_pil(run.phase.grid()), columns=8).save(folder / f"{run.seen:012d}.png")
-        run.phase.module.train()

@@ -34,8 +34,12 @@ class Processes(NamedTuple):
         dist.all_gather(texts, padded)
         return [json.loads(bytes(text[: int(size)].cpu().numpy())) for text, size in zip(texts, sizes, strict=True)]
 
-    def any(self, *flags: bool | torch.Tensor) -> list[bool]:
-        """For each flag, whether any process raises it. One message for all of them."""
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return self.any_of(flag)[0]
+
+    def any_of(self, *flags: bool | torch.Tensor) -> list[bool]:
+        """For each flag, whether any process says so. One message for all of them."""
         raised = torch.stack([torch.as_tensor(flag, device=self.device).float() for flag in flags])
         if self.count > 1:
             dist.all_reduce(raised)

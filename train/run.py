@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,11 +41,15 @@ class Phase(Protocol):
         """The loss of each sample, B; module is self.module as Accelerate wrapped it. u_B: in (0, 1), fixes each
         sample's quantile of the density of noise levels, where the phase has one."""
 
-    def measure(self) -> dict[str, float]:
-        """Figures of the current weights for the log."""
+    @property
+    def shown(self) -> int:
+        """How many pictures a grid has."""
 
-    def grid(self) -> Tensor:
-        """Pictures of the current weights, BCHW in [-1, 1]."""
+    def figures(self) -> dict[str, float]:
+        """Further figures of the current weights for the log."""
+
+    def pictures(self, numbers: Sequence[int]) -> Tensor:
+        """The shown pictures of these numbers, of the current weights, BCHW in [-1, 1]."""
 
     def export(self, folder: Path) -> None:
         """Writes the current weights as a diffusers folder."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -58,13 +59,18 @@ class TextPhase:
         foretold = module(self._tokens([sample.caption for sample in samples]))
         return (foretold.float() - self.latents.draw(samples)).square().mean((1, 2, 3))
 
-    def measure(self) -> dict[str, float]:
+    @property
+    def shown(self) -> int:
+        return len(self.recipe.validation.prompts)
+
+    def figures(self) -> dict[str, float]:
         return {}
 
     @torch.no_grad()
-    def grid(self) -> Tensor:
-        """What is foretold of each validation prompt, as pictures."""
-        return self.latents.autoencoder.decode(self.module(self._tokens(self.recipe.validation.prompts))).cpu()
+    def pictures(self, numbers: Sequence[int]) -> Tensor:
+        """What is foretold of the validation prompts of these numbers."""
+        prompts = [self.recipe.validation.prompts[i] for i in numbers]
+        return self.latents.autoencoder.decode(self.module(self._tokens(prompts))).cpu()
 
     def export(self, folder: Path) -> None:
         with replacing(folder) as aside:

@@ -83,7 +83,9 @@ def test_a_run_leaves_its_recipe_metrics_checkpoints_and_model(straight):
     assert [row["pictures"] for row in rows(straight)] == [16, 32, 48, 64, 80]
     assert all({"loss", "learning_rate", "gradient_norm"} <= row.keys() for row in rows(straight))
     assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["000000000064", "000000000080"]
-    assert {path.name for path in straight.iterdir()} == {"checkpoints", "metrics.jsonl", "model", "recipe.yaml"}
+    assert {path.name for path in straight.iterdir()} == {
+        "checkpoints", "environment.jsonl", "metrics.jsonl", "model", "recipe.yaml",
+    }  # fmt: skip
     assert newest_files(straight).keys() == {
         "model-00000.safetensors", "ema-00000.safetensors", "optimizer-00000.safetensors", "manifest.json",
     }  # fmt: skip

@@ -1,8 +1,14 @@
 """metrics.jsonl and what is printed beside it."""
 
 import json
+import time
 
-from train.metrics import Metrics
+import pytest
+import torch
+
+from train.environment import note_start
+from train.metrics import MEASURED, Metrics, Stopwatch, peak_memory
+from train.processes import Processes
 
 
 def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path):
@@ -38,3 +44,59 @@ def test_only_one_process_writes(tmp_path, capsys):
         metrics.log(8, loss=0.5)
     assert not (tmp_path / "metrics.jsonl").exists()
     assert capsys.readouterr().err == ""
+
+
+def test_speed_and_shares_are_of_steps_alone(tmp_path, monkeypatch, capsys):
+    clock = iter([0.0, 1.0, 4.0, 9.0, 29.0, 69.0, 70.0, 70.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    with Metrics(tmp_path / "metrics.jsonl", 0, 80, active=True, mfu=lambda speed: speed / 100) as metrics:
+        for name in ("data", "forward", "backward", "validation", "checkpoint"):
+            metrics.watch.lap(name)
+        metrics.log(40, loss=0.5)
+        metrics.log(40, psnr=1.0)
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first.pop("peak_memory_gb") > 0
+    assert first == {
+        "pictures": 40, "loss": 0.5, "pictures_per_second": 4.0, "mfu": 0.04, "time/data": 0.1, "time/forward": 0.3,
+        "time/backward": 0.5, "time/trainer": 0.1, "seconds/validation": 20.0, "seconds/checkpoint": 40.0,
+    }  # fmt: skip
+    assert second == {"pictures": 40, "psnr": 1.0}
+    assert all(name.startswith(MEASURED) for name in first if name not in ("pictures", "loss"))
+    assert "time/" not in capsys.readouterr().err
+
+
+def test_a_lap_costs_nothing_that_counts():
+    watch = Stopwatch()
+    began = time.perf_counter()
+    for _ in range(10_000):
+        watch.lap("data")
+    assert time.perf_counter() - began < 0.1  # 10 microseconds each; a step takes thousands
+    assert sum(watch.read().values()) < 0.2
+
+
+def test_peak_memory_is_of_this_process():
+    before = peak_memory(torch.device("cpu"))
+    held = torch.ones(80_000_000)  # 320 MB
+    assert peak_memory(torch.device("cpu")) - before > 2e8 or before > 1e9
+    assert len(held) == 80_000_000
+
+
+def test_a_line_that_cannot_be_written_is_a_warning(tmp_path):
+    metrics = Metrics(tmp_path / "none" / "metrics.jsonl", 0, 80, active=True)
+    with pytest.warns(UserWarning, match=r"metrics\.jsonl cannot be written.*the run goes on"):
+        metrics.log(8, loss=0.5)
+
+
+def test_each_start_is_noted_with_what_it_runs_on(tmp_path):
+    for pictures in (0, 16):
+        note_start(tmp_path, pictures, Processes())
+    note_start(tmp_path, 24, NotFirst(1, 2))
+    first, second = (json.loads(line) for line in (tmp_path / "environment.jsonl").read_text().splitlines())
+    assert (first["pictures"], second["pictures"], first["processes"]) == (0, 16, 1)
+    assert first["torch"] == torch.__version__
+    assert "cpu" in first["devices"][0]
+
+
+class NotFirst(Processes):
+    def gather(self, value):
+        return [value, value]

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from train.config import Recipe
+from train.metrics import MEASURED
 
 SIZE = 16
 COLOURS = ("red", "green", "blue", "orange", "black", "white", "pink", "grey")
@@ -155,6 +156,6 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
 
 
 def rows(out: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl without their speed."""
+    """The lines of metrics.jsonl without what the machine, not the run, decides."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "pictures_per_second"} for line in lines]
+    return [{key: value for key, value in line.items() if not key.startswith(MEASURED)} for line in lines]

@@ -1,0 +1,172 @@
+"""What a run shows of itself while it goes on: losses of pictures that it never trains on, and grids of samples.
+
+All of it is with the averaged weights, shared over the processes, and touches nothing that training rests on.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion.errors import GazeError
+from diffusion.files import replacing_file
+from pipelines.images import to_pil
+from pipelines.sheet import grid
+
+from .config import Recipe
+from .ema import EMA
+from .metrics import Metrics
+from .processes import Processes
+
+COLUMNS = 8  # pictures beside each other in a grid
+
+
+class Watched(Protocol):
+    """The part of a phase that is looked at."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def shown(self) -> int:
+        """How many pictures a grid has."""
+
+    def loss(self, module: nn.Module, samples: list[Any], u_B: Tensor | None = None) -> Tensor:
+        """The loss of each sample, B. u_B: each sample's quantile of the density of noise levels."""
+
+    def figures(self) -> dict[str, float]:
+        """Further figures of the current weights."""
+
+    def pictures(self, numbers: Sequence[int]) -> Tensor:
+        """The shown pictures of these numbers, BCHW in [-1, 1]."""
+
+
+def check_held_out(recipe: Recipe, held_out: Sequence[Any]) -> None:
+    """Raises GazeError when a held-out loss is asked for and no picture is there for it."""
+    if recipe.validation.every and recipe.data.held_out and not len(held_out):
+        raise GazeError(f"data.held_out={recipe.data.held_out} leaves no picture for the held-out loss",
+                        "a larger share, or 0 to train on every picture")  # fmt: skip
+
+
+def validate(
+    recipe: Recipe,
+    phase: Watched,
+    held_out: Sequence[Any],
+    ema: EMA,
+    processes: Processes,
+    metrics: Metrics,
+    seen: int,
+    stopping: Callable[[], bool],
+) -> None:
+    """Logs the held-out losses and the phase's figures and writes a grid of its pictures, out/samples/SEEN.png.
+
+    All processes call it. held_out: samples by position, none for no such loss. stopping: whether to leave early,
+    asked on all processes alike before each picture. What does not fit into memory is left out with a warning.
+    """
+    devices = [processes.device] if processes.device.type == "cuda" else []
+    with ema.swapped(), evaluating(phase.module), torch.random.fork_rng(devices):
+        values = held_out_losses(recipe, phase, held_out, processes, stopping)
+        for figures in shared(1, lambda _: phase.figures(), processes, stopping) or []:
+            values |= figures
+        images = shared(phase.shown, lambda number: _packed(phase.pictures([number])), processes, stopping)
+    if values:
+        metrics.log(seen, **values)
+    if images and processes.first:
+        sheet = grid([_unpacked(image) for image in images], COLUMNS)
+        metrics.picture(seen, sheet)
+        try:
+            with replacing_file(recipe.out / "samples" / f"{seen:012d}.png") as aside:
+                sheet.save(aside, format="PNG")
+        except OSError as error:
+            warnings.warn(f"the grid of picture {seen} cannot be written: {error}; the run goes on", stacklevel=2)
+
+
+def held_out_losses(
+    recipe: Recipe, phase: Watched, held_out: Sequence[Any], processes: Processes, stopping: Callable[[], bool]
+) -> dict[str, float]:
+    """`held_out_loss`, and for the diffusion phase `held_out_loss/K` for each bin of noise level, 1 the least noise.
+
+    A picture meets the middle quantile of every bin, with the noise of its position, in a batch of its own: the
+    result is a function of the weights alone, to the bit, however many processes share the work. {} when stopped.
+    """
+    bins = recipe.validation.bins if recipe.phase == "diffusion" else 1
+    u_B = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
+
+    def loss(position: int) -> list[float]:
+        return phase.loss(phase.module, [held_out[position]] * bins, u_B).double().tolist()
+
+    pictures = min(recipe.validation.pictures, len(held_out))
+    losses = shared(pictures, loss, processes, stopping)
+    if not losses:
+        return {}
+    means = [math.fsum(column) / pictures for column in zip(*losses, strict=True)]
+    parts = {f"held_out_loss/{number}": mean for number, mean in enumerate(means, start=1)} if bins > 1 else {}
+    return {"held_out_loss": math.fsum(means) / bins, **parts}
+
+
+def shared(
+    count: int, compute: Callable[[int], Any], processes: Processes, stopping: Callable[[], bool]
+) -> list[Any] | None:
+    """compute(0), compute(1), ... compute(count - 1), JSON values, on every process; each computes its share of them.
+
+    All processes compute equally often, as a network that is spread over them needs: one without a number left
+    repeats the last. None when `stopping` says so or memory does not suffice somewhere; the latter is warned of.
+    """
+    found = []
+    for first in range(0, count, processes.count):
+        if stopping():
+            return None
+        value, fits = _attempt(compute, min(first + processes.rank, count - 1))
+        if processes.any(not fits):
+            if processes.first:
+                warnings.warn("validation does not fit into memory and is left out; the run goes on "
+                              "(fewer validation.bins, or smaller pictures, need less)", stacklevel=2)  # fmt: skip
+            return None
+        found.append(value)
+    rounds = processes.gather(found)
+    return [rounds[number % processes.count][number // processes.count] for number in range(count)]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Within the block no part of the module is in training mode, and no gradients are kept; after it all is as
+    before."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _attempt(compute: Callable[[int], Any], number: int) -> tuple[Any, bool]:
+    """The value, and whether memory sufficed for it."""
+    try:
+        return compute(number), True
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+            raise
+    clear_device_cache(garbage_collection=True)  # here, where the error no longer holds what it was computing
+    return None, False
+
+
+def _packed(pixels_1CHW: Tensor) -> str:
+    file = io.BytesIO()
+    to_pil(pixels_1CHW)[0].save(file, format="PNG")
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _unpacked(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
