@@ -53,7 +53,7 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(minimal, override
         ("mixed_precision=fp8", "mixed_precision"),
         ("model.text.heads=5", "192 does not divide into 5"),
         ("validation.every=100", "validation.prompts is empty"),
-        ("data.drawn=5", "either folder"),
+        ("data.drawn=5", "give one of folder"),
         ("data=pictures", "data"),
     ],
 )
