@@ -280,12 +280,14 @@ class UNet(nn.Module):
         active = F.silu(embedding)
         return [block.time_emb_proj(active) for block in self.in_order(ResidualBlock)]
 
-    def vector(self, pooled_BP: Tensor, sizes: Sequence[int]) -> Tensor:
-        """vector_BV: the pooled text, then the sinusoids of numbers that all rows share: height and width of the
-        original picture, top and left of the crop, height and width wanted (Podell et al. 2023, section 2.2)."""
+    def vector(self, pooled_BP: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:
+        """vector_BV: the pooled text, then the sinusoids of six numbers, of each row (a tensor B6) or of all: height
+        and width of the original picture, top and left of the crop, height and width wanted (Podell et al. 2023,
+        section 2.2)."""
         width = self.config.addition_time_embed_dim or 0
-        embedded = sinusoid(torch.tensor(sizes, device=pooled_BP.device), width).flatten().to(pooled_BP.dtype)
-        return torch.cat([pooled_BP, embedded.expand(len(pooled_BP), -1)], dim=1)
+        sizes_B6 = torch.as_tensor(sizes, device=pooled_BP.device).expand(len(pooled_BP), -1)
+        embedded = sinusoid(sizes_B6.flatten(), width).unflatten(0, sizes_B6.shape).flatten(1)
+        return torch.cat([pooled_BP, embedded.to(pooled_BP.dtype)], dim=1)
 
     def project_context(self, context_BSE: Tensor) -> list[KeysValues]:
         """The text's k_BLSD and v_BLSD of every cross-attention."""

@@ -5,38 +5,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from diffusion.errors import GazeError
-from diffusion.noise import NoiseSchedule
 from diffusion.objective import denoising_loss, log_normal, min_snr_weight, uniform_timesteps, uniform_weight
-from diffusion.pretrained import Model, save_model
-from diffusion.schedulers import default_name
-from diffusion.text import TextEncoder
-from diffusion.unet import UNet, UNetConfig
 from pipelines.text_to_image import Request, TextToImage
 
+from .choice import choose, fingerprint, frozen, text_frozen
 from .config import Recipe
 from .data.folder import Captioned, Sample, randomness
 from .latents import Latents
-from .text_phase import fingerprint, make_text_encoder
-
-SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-             "prediction_type": "v_prediction", "timestep_spacing": "trailing",
-             "steps_offset": 1, "clip_sample": False}  # fmt: skip
-
-
-class _Predict(nn.Module):
-    """One call for Accelerate to wrap: (x, timestep, tokens) -> the U-Net's output."""
-
-    def __init__(self, unet: UNet, text: TextEncoder):
-        super().__init__()
-        self.unet, self.text_model = unet, text.model
-
-    def forward(self, x_BCHW: Tensor, timestep_B: Tensor, tokens_BS: Tensor) -> Tensor:
-        return self.unet(x_BCHW, timestep_B, self.text_model(tokens_BS))
+from .model import Predict, export, make_model, read
 
 
 class DiffusionPhase:
@@ -44,20 +25,14 @@ class DiffusionPhase:
 
     def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
         self.recipe, self.data, self.device = recipe, data, device
-        self.latents = Latents(recipe, data, device)
-        text = make_text_encoder(recipe, data)
-        channels, side, _ = self.latents.shape
-        sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels}
-        sizes["cross_attention_dim"] = text.width
-        for option, value in sizes.items():
-            if recipe.model.unet.get(option, value) != value:
-                own = recipe.model.unet[option]
-                raise GazeError(f"model.unet.{option} is {own}, but the other parts make it {value}", "leave it out")
-        unet = UNet(UNetConfig.from_diffusers(sizes | recipe.model.unet)).zero_residuals()
-        schedule = NoiseSchedule.from_config(SCHEDULER | recipe.model.scheduler)
-        sampler = default_name(schedule.config["_class_name"], schedule.config)
-        self.model = Model(unet, self.latents.autoencoder, text, schedule, sampler, dict(recipe.model.defaults))
-        self.module = _Predict(unet, text).to(device)
+        self.model = make_model(recipe, data.captions())
+        self.latents = Latents(recipe, data, device, self.model.autoencoder)
+        choose(self.model, recipe.model)
+        self.text_frozen = text_frozen(self.model)
+        for network in self.model.modules.values():
+            network.to(device)
+        self.module = Predict(self.model)
+        schedule = self.model.schedule
         objective = recipe.objective
         self.density = (
             uniform_timesteps(schedule)
@@ -78,10 +53,10 @@ class DiffusionPhase:
             if self.recipe.objective.weighting == "min_snr"
             else uniform_weight(sigma, kind)
         )
-        tokens = self.model.text.tokens([sample.caption for sample in samples]).to(self.device)
+        text = self._text([sample.caption for sample in samples])
 
         def predict(x_BCHW: Tensor, sigma_B: Tensor) -> Tensor:
-            return module(x_BCHW, schedule.timestep(sigma_B).float(), tokens)
+            return module(x_BCHW, schedule.timestep(sigma_B).float(), **text)
 
         return denoising_loss(predict, clean, noise, sigma, kind, weight)
 
@@ -94,11 +69,19 @@ class DiffusionPhase:
         return TextToImage(self.model)(validation.prompts, seed=validation.seed).pixels_BCHW
 
     def export(self, folder: Path) -> None:
-        dtype = torch.float16 if self.recipe.model.save_as == "float16" else torch.float32
-        save_model(self.model, folder, dtype)
+        export(self.model, self.recipe.model, folder)
 
     def fingerprint(self) -> str:
-        return fingerprint(self.model.text, self.latents)
+        return fingerprint(self.model.texts.values(), frozen(self.model))
+
+    def _text(self, captions: list[str]) -> dict[str, Any]:
+        """The captions as `Predict.forward` takes them."""
+        texts, size = [*self.model.texts.values()], self.recipe.data.size
+        tokens = [text.tokens(captions).to(self.device) for text in texts]
+        sizes_B6 = torch.tensor([[size, size, 0, 0, size, size]] * len(captions), device=self.device)
+        if self.text_frozen:
+            return {"states": read(texts, tokens), "sizes_B6": sizes_B6}
+        return {"tokens": tokens, "sizes_B6": sizes_B6}
 
     def _uniform(self, samples: list[Sample]) -> Tensor:
         """A number in (0, 1) per sample; those of a global batch fall one into each of batch_size equal parts."""

@@ -23,11 +23,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diffusion.errors import GazeError
+from diffusion.recompute import recompute
 from pipelines.files import check_writable
 from pipelines.images import to_pil
 from pipelines.sheet import grid
 
 from . import checkpoint
+from .choice import load_trained, trained
 from .config import Recipe
 from .data.drawn import draw_folder
 from .data.folder import Batches, Captioned, Sample, check, read_folder
@@ -85,6 +87,8 @@ def train(recipe: Recipe) -> Path:
     phase = make_phase(recipe, data, accelerator.device)
     identity = identify(recipe, data, phase)
     plain = phase.module
+    if recipe.gradient_checkpointing:
+        recompute(plain)
     names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
     optimizer = make_optimizer(plain, recipe.optimizer)
     ema = EMA(plain, recipe.ema.half_life)
@@ -134,7 +138,7 @@ def train(recipe: Recipe) -> Path:
                 show(recipe, phase, ema, metrics, seen)
             if due(recipe.checkpoint_every) or stopping:
                 if main:
-                    tensors = {"model": plain.state_dict(), "ema": ema.state_dict()}
+                    tensors = {"model": trained(plain), "ema": ema.state_dict()}
                     tensors["optimizer"] = optimizer_tensors(optimizer, names)
                     state = {"identity": identity, "processes": accelerator.num_processes}
                     checkpoint.save(recipe.out / "checkpoints", seen, tensors, state, recipe.keep)
@@ -221,7 +225,7 @@ def resume(
     if recipe.resume == "never":
         raise GazeError(f"{recipe.out} holds checkpoints and resume is never", "another out=DIR, or resume=auto")
     tensors, state = checkpoint.load(newest, identity)
-    module.load_state_dict(tensors["model"])
+    load_trained(module, tensors["model"])
     ema.load_state_dict(tensors["ema"])
     load_optimizer_tensors(optimizer, names, tensors["optimizer"])
     if report:
@@ -265,7 +269,7 @@ def export_newest(recipe: Recipe) -> Path:
     uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
     phase = make_phase(uncached, data, torch.device("cpu"))
     tensors, _ = checkpoint.load(newest, identify(recipe, data, phase))
-    phase.module.load_state_dict(tensors["model"] | tensors["ema"])
+    load_trained(phase.module, tensors["ema"])
     phase.export(recipe.out / "model")
     return recipe.out / "model"
 
