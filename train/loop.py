@@ -36,6 +36,7 @@ from .data.folder import Batches, Captioned, Sample, check, read_folder
 from .ema import EMA
 from .metrics import Metrics
 from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .precision import check_precision, skips
 
 GRACE = 10  # seconds
 
@@ -79,6 +80,7 @@ def train(recipe: Recipe) -> Path:
     loss or a gradient is; NotSaved when a checkpoint cannot be written; Stopped after a signal.
     """
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    check_precision(recipe.mixed_precision, accelerator.device)
     main = accelerator.is_main_process
     if main:
         open_folder(recipe)
@@ -114,7 +116,7 @@ def train(recipe: Recipe) -> Path:
                     accelerator.backward(loss)
                 total_loss += loss.detach()
             norm = accelerator.clip_grad_norm_(plain.parameters(), recipe.optimizer.clip)
-            if not torch.isfinite(norm):
+            if not torch.isfinite(norm) and not skips(accelerator.scaler, norm):
                 raise NotFinite(
                     f"the gradient of pictures {seen} to {seen + recipe.batch_size - 1} is not finite; "
                     "the step was not applied",
