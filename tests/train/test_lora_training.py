@@ -1,4 +1,4 @@
-"""Training LoRA: the base stays to the bit, and what is written gives one picture here, in the command and in diffusers."""
+"""Training LoRA: the base stays to the bit, and the file gives one picture here, in the command and in diffusers."""
 
 import builtins
 import json
@@ -83,14 +83,17 @@ def test_one_file_gives_one_picture_everywhere(bases, data, tmp_path, gaze, kind
 
 def test_pictures_drawn_while_training_are_those_of_the_file(bases, data, tmp_path):
     """peft's layers in the run against ours over the base: the average is what both have."""
-    recipe = recipe_of(tmp_path, data, bases["sd1"], model={"lora": MANY}, optimizer={"learning_rate": 3e-2},
+    recipe = recipe_of(tmp_path, data, bases["sd1"], optimizer={"learning_rate": 3e-2},
+                       model={"lora": MANY, "defaults": {"num_inference_steps": 3}},
                        validation={"every": 16, "prompts": ["a red cat"], "seed": 3})  # fmt: skip
     run_here(recipe)
     pipe = TextToImage.from_pretrained(bases["sd1"])
     pipe.load_lora(tmp_path / "model")
-    expected = pipe(["a red cat"], seed=3).images[0]
+    expected = pipe(["a red cat"], seed=3, num_inference_steps=3).images[0]
     with Image.open(tmp_path / "samples" / "000000000016.png") as shown:
-        difference = torch.tensor([*shown.convert("RGB").tobytes()]) - torch.tensor([*expected.tobytes()])
+        difference = torch.tensor([*shown.convert("RGB").crop((6, 6, 38, 38)).tobytes()]) - torch.tensor(
+            [*expected.tobytes()]
+        )
     assert difference.abs().max() <= 1
 
 
