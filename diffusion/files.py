@@ -19,7 +19,8 @@ from torch import Tensor
 from .errors import GazeError
 from .header import Entry, read_header, refuse_pickle
 
-MARKS = ("model_index.json", "vae", "text_encoder")  # a folder with one of them holds a model, or a part of it
+# A folder with one of them holds a model, or a part of it, or a LoRA.
+MARKS = ("model_index.json", "vae", "text_encoder", "pytorch_lora_weights.safetensors")
 STEM = "diffusion_pytorch_model"
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
 TYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "U64": torch.uint64}

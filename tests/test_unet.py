@@ -9,6 +9,8 @@ from diffusers import UNet2DConditionModel
 
 from diffusion import GazeError, UNet, UNetConfig
 from diffusion.attention import Attention
+from diffusion.clip import CLIPText, CLIPTextConfig
+from diffusion.recompute import recompute
 
 SMALL = UNetConfig(
     block_out_channels=(16, 32, 32),
@@ -197,3 +199,52 @@ def test_saved_and_read_gives_the_same_bits(tmp_path):
     read = UNet.from_pretrained(tmp_path)
     assert torch.equal(read(x, 7.5, context, vector), unet(x, 7.5, context, vector))
     assert all(p.requires_grad for p in read.parameters())
+
+
+def text_encoder():
+    config = CLIPTextConfig(vocab_size=20, hidden_size=12, intermediate_size=24, num_hidden_layers=3,
+                            num_attention_heads=2, max_position_embeddings=8)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return CLIPText(config).initialize()
+
+
+def gradients(unet, text, x, vector, prepare):
+    """Of a loss through both networks, and the bytes that are kept for the way back; the weights' own not counted.
+    prepare: is called with each network, and checkpoint's stand-in is in place."""
+    weights, kept = {value.data_ptr() for value in [*unet.parameters(), *text.parameters()]}, {}
+
+    def keep(value):
+        if isinstance(value, torch.Tensor) and value.data_ptr() not in weights:
+            kept[value.data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    def checkpoint(function, *inputs, **options):  # keeps its inputs where the hooks do not see them
+        torch.utils._pytree.tree_map(keep, inputs)
+        return torch.utils.checkpoint.checkpoint(function, *inputs, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusion.recompute.checkpoint", checkpoint)
+        prepare(unet)
+        prepare(text)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value):
+        loss = unet(x, torch.tensor([3.5, 900.0]), text(torch.arange(16).view(2, 8)), vector).square().mean()
+    loss.backward()
+    return {name: value.grad for net in (unet, text) for name, value in net.named_parameters()}, sum(kept.values())
+
+
+@pytest.mark.parametrize("config", [SMALL, WITH_VECTOR], ids=["plain", "vector"])
+def test_activations_computed_twice_take_less_memory_and_give_the_same_bits(config):
+    """Several transformer blocks in a layer; the names of parameters stay."""
+    config = dataclasses.replace(config, transformer_layers_per_block=(1, 2, 3))
+    x, vector = randn(2, 4, 18, 14), None if config.addition_embed_type is None else randn(2, 10, seed=2)
+    expected, whole = gradients(small_unet(config), text_encoder(), x, vector, lambda network: None)
+    unet = small_unet(config)
+    found, kept = gradients(unet, text_encoder(), x, vector, recompute)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
+    assert all(value.any() for value in found.values())
+    assert kept < 0.4 * whole
+    assert unet.state_dict().keys() == small_unet(config).state_dict().keys()
+    with torch.inference_mode():
+        assert torch.equal(unet(x, 5.0, randn(2, 8, 12), vector), small_unet(config)(x, 5.0, randn(2, 8, 12), vector))

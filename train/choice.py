@@ -18,6 +18,7 @@ from diffusion.pretrained import Model
 from diffusion.text import TextEncoder
 
 from . import config, lora
+from .sharding import parted_like
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
 
@@ -76,7 +77,7 @@ def load_trained(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         raise GazeError(f"the checkpoint holds other parameters than the recipe trains: {wrong}", "another out=DIR")
     with torch.no_grad():
         for name, value in own.items():
-            value.copy_(tensors[name])
+            value.copy_(parted_like(value, tensors[name]))
 
 
 def fingerprint(texts: Iterable[TextEncoder], frozen: Mapping[str, Tensor]) -> str:

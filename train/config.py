@@ -71,7 +71,10 @@ class Lora(Section):
 
     rank: NotNegative = 0  # 0 = none
     alpha: Annotated[float, Field(gt=0)] | None = None  # None = the rank
-    layers: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # ends of the names of layers
+    layers: tuple[str, ...] = (  # ends of the names of layers; the second line is what text encoders have
+        "to_q", "to_k", "to_v", "to_out.0",
+        "q_proj", "k_proj", "v_proj", "out_proj",
+    )  # fmt: skip
 
 
 class Model(Section):
@@ -88,6 +91,14 @@ class Model(Section):
     scheduler: dict[str, Any] = {}  # diffusers' scheduler_config.json: what is predicted, and at which noise levels
     save_as: Literal["float32", "float16"] = "float32"  # the exported weights
     defaults: dict[str, Any] = {}  # steps, guidance scale and sampler to suggest with the model
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        own = ("unet", "text", "text_from", "autoencoder", "autoencoder_from")
+        spare = [name for name in own if getattr(self, name) != Model.model_fields[name].default]
+        if self.init_from is not None and spare:
+            raise ValueError(f"{spare[0]} does not go with init_from, whose model has its own")
+        return self
 
 
 class Objective(Section):

@@ -9,26 +9,24 @@ from torch import Tensor
 
 from diffusion.autoencoder import Autoencoder
 from diffusion.errors import GazeError
-from pipelines.text_to_image import DEFAULT_MODEL
 
 from .config import Recipe
 from .data.folder import Captioned, Sample, decode, normal, stack
 
 
 class Latents:
-    """shape: CHW of one picture's latents. autoencoder: of recipe.model.autoencoder_from, else the shipped model's.
+    """shape: CHW of one picture's latents.
 
     Raises GazeError when the pictures' size does not divide by the autoencoder's factor.
     """
 
-    def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
+    def __init__(self, recipe: Recipe, data: Captioned, device: torch.device, autoencoder: Autoencoder):
         self.recipe, self.data, self.device = recipe, data, device
-        folder = recipe.model.autoencoder_from or DEFAULT_MODEL / "vae"
-        self.autoencoder = Autoencoder.from_pretrained(folder).to(device)
-        factor = self.autoencoder.factor
+        self.autoencoder = autoencoder.to(device)
+        factor = autoencoder.factor
         if recipe.data.size % factor:
             raise GazeError(
-                f"data.size {recipe.data.size} does not divide by {factor}, the factor of {folder}",
+                f"data.size {recipe.data.size} does not divide by {factor}, the autoencoder's factor",
                 f"data.size={recipe.data.size // factor * factor}",
             )
         side = recipe.data.size // factor

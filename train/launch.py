@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
 from diffusion.errors import GazeError
 
 from .config import Recipe
+from .precision import check_precision
 from .processes import Processes
 
 # Longest that an operation over all processes may take: the first may write and encode for long while others wait. That
@@ -21,14 +21,12 @@ PATIENCE = timedelta(hours=6)
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do."""
-    on_gpu = torch.cuda.is_available() and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true"
-    if recipe.mixed_precision == "fp16" and not on_gpu:
-        raise GazeError("mixed_precision fp16 needs a GPU", "mixed_precision=bf16, which a CPU can do too")
     accelerator = Accelerator(
         mixed_precision=recipe.mixed_precision,
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    check_precision(recipe.mixed_precision, accelerator.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate offers FSDP on accelerators only, torch on a CPU as well: so sharding can be tried without a GPU.

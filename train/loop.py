@@ -22,6 +22,7 @@ from .data.folder import Sample
 from .environment import note_start
 from .launch import make_accelerator, processes_of
 from .metrics import Metrics
+from .precision import skips
 from .run import Run, export, prepare
 from .sharding import gathered, whole
 from .signals import StopSignal
@@ -61,7 +62,8 @@ def train(recipe: Recipe) -> Path:
                 losses = [backward(accelerator, run, lap) for _ in range(recipe.gradient_accumulation_steps)]
                 loss = torch.cat([loss_B for _, loss_B in losses]).mean()
                 norm = whole(accelerator.clip_grad_norm_([*run.phase.module.parameters()], recipe.optimizer.clip))
-                broken, stopping = processes.any_of(~(loss + norm).isfinite(), stop.received)
+                sound = loss.isfinite() & (norm.isfinite() | skips(accelerator.scaler, norm))
+                broken, stopping = processes.any_of(~sound, stop.received)
                 if broken:
                     raise not_finite(run, losses)
                 run.optimizer.step()

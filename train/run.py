@@ -16,17 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diffusion.errors import GazeError
+from diffusion.recompute import recompute
 from pipelines.files import check_writable
 
 from .checkpoint import Checkpoints
 from .checkpoint_files import load as load_checkpoint
+from .choice import load_trained, trained
 from .config import Recipe
 from .data.drawn import draw_folder
 from .data.folder import Batches, Captioned, Sample, check, read_folder
 from .ema import EMA
 from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 from .processes import Processes
-from .sharding import assign
 from .signals import shield
 from .snapshots import PowerAverages, reconstruct
 
@@ -93,7 +94,7 @@ class Run:
     def save(self, last: bool) -> None:
         """Writes a checkpoint. last: that it fails is an error at once, for no later one would make it good."""
         names = {value: name for name, value in self.parameters.items()}
-        tensors = {"model": self.phase.module.state_dict(), "ema": self.averages.state_dict()}
+        tensors = {"model": trained(self.phase.module), "ema": self.averages.state_dict()}
         tensors["optimizer"] = optimizer_tensors(self.optimizer, names)
         if self.recipe.ema.snapshots_every:
             tensors["powers"] = self.powers.state_dict()
@@ -108,6 +109,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     data = read_data(recipe, processes.first)
     phase = make_phase(recipe, data, accelerator.device)
     state = belongs_to(recipe, data, phase)
+    if recipe.gradient_checkpointing:
+        recompute(phase.module)
     checkpoints = Checkpoints(recipe.out / "checkpoints", recipe.keep, processes)
     module, optimizer = accelerator.prepare(phase.module, make_optimizer(phase.module, recipe.optimizer))
     averages = EMA(phase.module, recipe.ema.half_life)
@@ -176,7 +179,7 @@ def resume(run: Run) -> None:
     if found is None:
         return
     tensors, _ = load_checkpoint(found, run.state)
-    assign(run.phase.module, tensors["model"])
+    load_trained(run.phase.module, tensors["model"])
     run.averages.load_state_dict(tensors["ema"])
     run.powers.load_state_dict(tensors.get("powers", {}))
     load_optimizer_tensors(run.optimizer, {value: name for name, value in run.parameters.items()}, tensors["optimizer"])
@@ -205,6 +208,6 @@ def export(recipe: Recipe, width: float | None = None) -> Path:
     phase = make_phase(uncached, data, torch.device("cpu"))
     tensors, _ = load_checkpoint(newest, belongs_to(recipe, data, phase))
     averages = tensors["ema"] if width is None else reconstruct(recipe.out / "snapshots", width)[1]
-    phase.module.load_state_dict(tensors["model"] | averages)
+    load_trained(phase.module, averages)
     phase.export(recipe.out / "model")
     return recipe.out / "model"

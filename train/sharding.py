@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -22,14 +21,6 @@ def parted_like(like: Tensor, value: Tensor) -> Tensor:
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
     return distribute_tensor(value, like.device_mesh, like.placements)
-
-
-@torch.no_grad()
-def assign(module: nn.Module, values: dict[str, Tensor]) -> None:
-    """Sets the parameters and buffers that `values` names, each given whole."""
-    for name, tensor in module.state_dict(keep_vars=True).items():
-        if name in values:
-            tensor.copy_(parted_like(tensor, values[name]))
 
 
 @contextmanager

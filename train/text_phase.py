@@ -9,7 +9,6 @@ encoder that learns through the U-Net alone learns slowly (docs/experiments.md).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusion.clip import CLIPText, CLIPTextConfig
 from diffusion.files import replacing
 from diffusion.text import TextEncoder
 
+from .choice import fingerprint
 from .config import Recipe
 from .data.folder import Captioned, Sample
 from .latents import Latents
-from .tokenizer import fingerprint as tokenizer_fingerprint
-from .tokenizer import learn_tokenizer
+from .model import make_text_encoder, open_autoencoder
 
 HIDDEN = 1024
 
@@ -50,8 +48,8 @@ class TextPhase:
 
     def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
         self.recipe, self.data, self.device = recipe, data, device
-        self.latents = Latents(recipe, data, device)
-        self.text = make_text_encoder(recipe, data)
+        self.latents = Latents(recipe, data, device, open_autoencoder(recipe.model))
+        self.text = make_text_encoder(recipe.model, data.captions())
         self.module = _Foretell(self.text, self.latents.shape).to(device)
 
     def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
@@ -77,45 +75,7 @@ class TextPhase:
             self.text.save_pretrained(aside / "text_encoder", aside / "tokenizer")
 
     def fingerprint(self) -> str:
-        return fingerprint(self.text, self.latents)
+        return fingerprint([self.text], self.latents.autoencoder.state_dict())
 
     def _tokens(self, captions: list[str] | tuple[str, ...]) -> Tensor:
         return self.text.tokens(captions).to(self.device)
-
-
-def make_text_encoder(recipe: Recipe, data: Captioned) -> TextEncoder:
-    """That of recipe.model.text_from; else a tokenizer learned from the captions and fresh weights."""
-    if recipe.model.text_from is not None:
-        folder = recipe.model.text_from
-        text = TextEncoder.from_pretrained(folder / "text_encoder", folder / "tokenizer")
-        text.model.train().requires_grad_(True)
-        return text
-    size = recipe.model.text
-    captions = (caption for entry in data.entries for caption in entry.captions)
-    tokenizer = learn_tokenizer(captions, size.vocab_size, size.window)
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=size.width,
-        intermediate_size=4 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        max_position_embeddings=size.window,
-        hidden_act="gelu",
-        bos_token_id=tokenizer.start,
-        eos_token_id=tokenizer.end,
-        pad_token_id=tokenizer.pad,
-    )
-    model = CLIPText(config).initialize()
-    # CLIP's own 0.02 is far below what the layers add, and a text encoder that learns from pictures alone then forgets
-    # which word it saw (docs/experiments.md).
-    nn.init.normal_(model.get_parameter("embeddings.token_embedding.weight"), std=size.token_std)
-    return TextEncoder(model, tokenizer)
-
-
-def fingerprint(text: TextEncoder, latents: Latents) -> str:
-    """Of the tokenizer and of the autoencoder: token ids and latents mean nothing under others."""
-    total = hashlib.sha256(tokenizer_fingerprint(text.tokenizer).encode())
-    for name, value in latents.autoencoder.state_dict().items():
-        total.update(name.encode())
-        total.update(value.cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()

@@ -190,6 +190,10 @@ class Captioned(Dataset[Sample]):
             raise GazeError(f"{file} has changed since the run began: {type(error).__name__}: {error}",
                             "put it back; the same command goes on from the last checkpoint") from None  # fmt: skip
 
+    def captions(self) -> Iterator[str]:
+        """Of all pictures."""
+        return (caption for entry in self.entries for caption in entry.captions)
+
     def fingerprint(self) -> str:
         """A hash of file names, captions and repeats: a run resumes only on the data it began with."""
         rows = [(entry.file.name, entry.captions, entry.repeats) for entry in self.entries]
