@@ -91,6 +91,13 @@ class TextEncoder:
                     break
         return Reading(tuple(rows), " ".join(filter(None, [*left, beyond.strip()])))
 
+    def states(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What the U-Net reads of token ids: states BSE and, where the model has it, the pooled vector BP."""
+        if not self.penultimate:
+            return self.model(tokens_BS), None
+        ends_B = (tokens_BS == self.tokenizer.end).int().argmax(dim=1)  # the first, as transformers has it
+        return self.model.penultimate(tokens_BS, ends_B)
+
     def encode(self, prompts: Sequence[str | Reading], chunks: int = 1) -> Condition:
         """Prompts -> their condition, one row each, all as long as the longest and at least of so many chunks: empty
         ones follow a shorter prompt. The vector is the pooled one, where the model has it: of the first chunk.
@@ -103,12 +110,7 @@ class TextEncoder:
         rows = [chunk for reading in readings for chunk in reading.chunks + (EMPTY,) * (count - len(reading.chunks))]
         tokens = torch.tensor([self.tokenizer.framed(ids, self.window) for ids, _ in [*rows, EMPTY]])
         tokens = tokens.to(self.model.final_layer_norm.weight.device)
-        pooled_BP = None
-        if self.penultimate:
-            ends = (tokens == self.tokenizer.end).int().argmax(dim=1)  # the first, as transformers has it
-            states_BSE, pooled_BP = self.model.penultimate(tokens, ends)
-        else:
-            states_BSE = self.model(tokens)
+        states_BSE, pooled_BP = self.states(tokens)
         states_BSE, empty_SE = states_BSE[:-1], states_BSE[-1]
         framed = [[1.0, *weights] + [1.0] * (self.window - 1 - len(weights)) for _, weights in rows]
         states_BSE = torch.lerp(empty_SE, states_BSE, torch.tensor(framed).to(states_BSE)[:, :, None])

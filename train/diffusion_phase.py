@@ -18,10 +18,12 @@ from diffusion.text import TextEncoder
 from diffusion.unet import UNet, UNetConfig
 from pipelines.text_to_image import Request, TextToImage
 
+from .cache import Latents
 from .config import Recipe
-from .data.folder import Captioned, Sample, randomness
-from .latents import Latents
-from .text_phase import fingerprint, make_text_encoder
+from .data.stream import Sample, Stream
+from .processes import Processes
+from .randomness import randomness
+from .text_phase import fingerprint, frozen_autoencoder, make_text_encoder
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
              "prediction_type": "v_prediction", "timestep_spacing": "trailing",
@@ -42,11 +44,11 @@ class _Predict(nn.Module):
 class DiffusionPhase:
     """Denoising loss of recipe.objective; the noise levels of a batch are stratified over its density."""
 
-    def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
-        self.recipe, self.data, self.device = recipe, data, device
-        self.latents = Latents(recipe, data, device)
+    def __init__(self, recipe: Recipe, data: Stream, processes: Processes):
+        self.recipe, self.device = recipe, processes.device
+        self.latents = Latents(recipe, data, processes, frozen_autoencoder(recipe))
         text = make_text_encoder(recipe, data)
-        channels, side, _ = self.latents.shape
+        channels, side, _ = self.latents.shape((recipe.data.size, recipe.data.size))
         sizes = {"sample_size": side, "in_channels": channels, "out_channels": channels}
         sizes["cross_attention_dim"] = text.width
         for option, value in sizes.items():
@@ -57,7 +59,7 @@ class DiffusionPhase:
         schedule = NoiseSchedule.from_config(SCHEDULER | recipe.model.scheduler)
         sampler = default_name(schedule.config["_class_name"], schedule.config)
         self.model = Model(unet, self.latents.autoencoder, text, schedule, sampler, dict(recipe.model.defaults))
-        self.module = _Predict(unet, text).to(device)
+        self.module = _Predict(unet, text).to(self.device)
         objective = recipe.objective
         self.density = (
             uniform_timesteps(schedule)

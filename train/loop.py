@@ -1,7 +1,7 @@
 """The training loop over Accelerate, readable top to bottom.
 
 Accelerate launches, wraps the module, runs backward and reduces. It owns neither the data order, nor the learning
-rate, nor the checkpoint: those are functions of pictures seen (see data/folder.py, optimizer.py, checkpoint.py).
+rate, nor the checkpoint: those are functions of pictures seen (see data/stream.py, optimizer.py, checkpoint.py).
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from pipelines.sheet import grid
 from . import checkpoint
 from .config import Recipe
 from .data.drawn import draw_folder
-from .data.folder import Batches, Captioned, Sample, check, read_folder
+from .data.folder import Folder, check, read_folder
+from .data.stream import Sample, Stream
 from .ema import EMA
 from .metrics import Metrics
 from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
+from .processes import Processes
 
 GRACE = 10  # seconds
 
@@ -77,12 +79,13 @@ def train(recipe: Recipe) -> Path:
     loss or a gradient is; NotSaved when a checkpoint cannot be written; Stopped after a signal.
     """
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
-    main = accelerator.is_main_process
+    processes = Processes(accelerator.process_index, accelerator.num_processes, accelerator.device)
+    main = processes.first
     if main:
         open_folder(recipe)
     accelerator.wait_for_everyone()
     data = read_data(recipe, main)
-    phase = make_phase(recipe, data, accelerator.device)
+    phase = make_phase(recipe, data, processes)
     identity = identify(recipe, data, phase)
     plain = phase.module
     names: dict[Tensor, str] = {parameter: name for name, parameter in plain.named_parameters()}
@@ -95,7 +98,7 @@ def train(recipe: Recipe) -> Path:
     module, optimizer = accelerator.prepare(plain, optimizer)
     if recipe.compile:
         module = torch.compile(module)
-    batches = load(recipe, data, seen, accelerator)
+    batches = load(recipe, data, seen, processes)
     total_loss, steps = torch.zeros((), device=accelerator.device), 0
     metrics = Metrics(recipe.out / "metrics.jsonl", seen, recipe.pictures, main)
 
@@ -166,7 +169,7 @@ def open_folder(recipe: Recipe) -> None:
         draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed)
 
 
-def read_data(recipe: Recipe, report: bool) -> Captioned:
+def read_data(recipe: Recipe, report: bool) -> Stream:
     """The recipe's pictures that decode. report: list the others in out/skipped.txt and warn of them."""
     entries, skipped = check(read_folder(recipe.data.folder or recipe.out / "drawn"), recipe.data.size)
     if skipped and report:
@@ -178,28 +181,28 @@ def read_data(recipe: Recipe, report: bool) -> Captioned:
             stacklevel=2,
         )
     cached = recipe.phase != "autoencoder" and recipe.data.cache_latents
-    return Captioned(entries, recipe.data.size, recipe.seed, recipe.data.caption_dropout, with_pixels=not cached)
+    return Stream(Folder(entries), recipe, with_pixels=not cached)
 
 
-def make_phase(recipe: Recipe, data: Captioned, device: torch.device) -> Phase:
+def make_phase(recipe: Recipe, data: Stream, processes: Processes) -> Phase:
     """The phase with fresh weights, a function of recipe.seed."""
     torch.manual_seed(recipe.seed)  # everything later has randomness of its own
     if recipe.phase == "autoencoder":
         from .autoencoder_phase import AutoencoderPhase
 
-        return AutoencoderPhase(recipe, data, device)
+        return AutoencoderPhase(recipe, data, processes)
     if recipe.phase == "text":
         from .text_phase import TextPhase
 
-        return TextPhase(recipe, data, device)
+        return TextPhase(recipe, data, processes)
     from .diffusion_phase import DiffusionPhase
 
-    return DiffusionPhase(recipe, data, device)
+    return DiffusionPhase(recipe, data, processes)
 
 
-def identify(recipe: Recipe, data: Captioned, phase: Phase) -> str:
+def identify(recipe: Recipe, data: Stream, phase: Phase) -> str:
     """What a checkpoint and the run that goes on from it must share."""
-    return "-".join(filter(None, [recipe.identity(), data.fingerprint(), phase.fingerprint()]))
+    return "-".join(filter(None, [recipe.identity(), data.source.fingerprint(), phase.fingerprint()]))
 
 
 def resume(
@@ -229,10 +232,9 @@ def resume(
     return state["pictures"]
 
 
-def load(recipe: Recipe, data: Captioned, start: int, accelerator: Accelerator) -> Iterator[list[Sample]]:
+def load(recipe: Recipe, data: Stream, start: int, processes: Processes) -> Iterator[list[Sample]]:
     """The micro-batches of this process from picture `start` on, without end."""
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    positions = Batches(start, recipe.batch_size, recipe.gradient_accumulation_steps, rank, processes)
+    positions = data.batches(start, processes.rank, processes.count)
     workers = recipe.data.workers
     return iter(DataLoader(data, batch_sampler=positions, collate_fn=list, num_workers=workers, worker_init_fn=shield))
 
@@ -263,7 +265,7 @@ def export_newest(recipe: Recipe) -> Path:
         raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
     data = read_data(recipe, report=False)
     uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
-    phase = make_phase(uncached, data, torch.device("cpu"))
+    phase = make_phase(uncached, data, Processes())
     tensors, _ = checkpoint.load(newest, identify(recipe, data, phase))
     phase.module.load_state_dict(tensors["model"] | tensors["ema"])
     phase.export(recipe.out / "model")

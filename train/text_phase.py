@@ -16,13 +16,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffusion.autoencoder import Autoencoder
 from diffusion.clip import CLIPText, CLIPTextConfig
+from diffusion.errors import GazeError
 from diffusion.files import replacing
 from diffusion.text import TextEncoder
+from pipelines.text_to_image import DEFAULT_MODEL
 
+from .cache import Latents
 from .config import Recipe
-from .data.folder import Captioned, Sample
-from .latents import Latents
+from .data.stream import Sample, Stream
+from .processes import Processes
 from .tokenizer import fingerprint as tokenizer_fingerprint
 from .tokenizer import learn_tokenizer
 
@@ -47,11 +51,13 @@ class _Foretell(nn.Module):
 class TextPhase:
     """Squared error of the latents."""
 
-    def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
-        self.recipe, self.data, self.device = recipe, data, device
-        self.latents = Latents(recipe, data, device)
+    def __init__(self, recipe: Recipe, data: Stream, processes: Processes):
+        if recipe.data.bucket_step:
+            raise GazeError("the text phase foretells pictures of one size", "data.bucket_step=0")
+        self.recipe, self.device = recipe, processes.device
+        self.latents = Latents(recipe, data, processes, frozen_autoencoder(recipe))
         self.text = make_text_encoder(recipe, data)
-        self.module = _Foretell(self.text, self.latents.shape).to(device)
+        self.module = _Foretell(self.text, self.latents.shape(data.sizes[0])).to(self.device)
 
     def loss(self, module: nn.Module, samples: list[Sample]) -> Tensor:
         """The loss of each sample, B."""
@@ -77,7 +83,12 @@ class TextPhase:
         return self.text.tokens(captions).to(self.device)
 
 
-def make_text_encoder(recipe: Recipe, data: Captioned) -> TextEncoder:
+def frozen_autoencoder(recipe: Recipe) -> Autoencoder:
+    """That of recipe.model.autoencoder_from, else the shipped model's."""
+    return Autoencoder.from_pretrained(recipe.model.autoencoder_from or DEFAULT_MODEL / "vae")
+
+
+def make_text_encoder(recipe: Recipe, data: Stream) -> TextEncoder:
     """That of recipe.model.text_from; else a tokenizer learned from the captions and fresh weights."""
     if recipe.model.text_from is not None:
         folder = recipe.model.text_from
@@ -85,8 +96,7 @@ def make_text_encoder(recipe: Recipe, data: Captioned) -> TextEncoder:
         text.model.train().requires_grad_(True)
         return text
     size = recipe.model.text
-    captions = (caption for entry in data.entries for caption in entry.captions)
-    tokenizer = learn_tokenizer(captions, size.vocab_size, size.window)
+    tokenizer = learn_tokenizer(data.captions(), size.vocab_size, size.window)
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=size.width,
