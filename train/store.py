@@ -7,7 +7,6 @@ anew. Files appear whole or not at all: a kill loses at most the file that was b
 from __future__ import annotations
 
 import hashlib
-import mmap
 import shutil
 import time
 import warnings
@@ -151,7 +150,7 @@ class Store:
                 aside.write_bytes(content)
         except OSError as error:
             raise GazeError(
-                f"{self.folder} cannot be written: {error}; what is to be encoded takes {needed} bytes, {free} are free",
+                f"{self.folder} cannot be written: {error}; what is left takes {needed} bytes, {free} are free",
                 "free some space, or another place with data.cache=DIR; the same command goes on from what is there",
             ) from None
         return path.name
@@ -184,8 +183,8 @@ def _is_sound(path: Path) -> bool:
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a file, without reading it. Their memory is the system's, which takes it back when it likes."""
-    with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    # Unlike Python's own, this mapping keeps no descriptor, of which a process may have some thousand.
+    content = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
     entries = read_header(path).tensors
     return {
         name: np.frombuffer(content, TYPES[entry.dtype], prod(entry.shape), entry.begin).reshape(entry.shape)

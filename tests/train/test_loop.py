@@ -351,7 +351,7 @@ def test_the_text_phase_learns_what_the_captions_show_and_the_diffusion_phase_be
     with torch.no_grad():
         latents = Autoencoder.from_pretrained(trained_vae).encode(pixels)[0]
     without_words = float((latents - latents.mean(0)).square().mean())
-    assert losses[-1] < 0.25 * without_words < losses[0]
+    assert losses[-1] < 0.3 * without_words < losses[0]
     assert (first.out / "samples" / "000000001600.png").is_file()
 
     second = tiny_recipe(tmp_path / "diffusion", data, trained_vae, model={"text_from": folder})
