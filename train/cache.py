@@ -196,7 +196,7 @@ def fingerprint(weights: Mapping[str, Tensor], *options: object) -> str:
     total = hashlib.sha256(repr((VERSION, options)).encode())
     for name, value in weights.items():
         total.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()[:32]
 
 

@@ -201,7 +201,7 @@ def test_transparency_lies_on_the_background():
         pictures = Pictures([(16, 16)])
         pictures.edit(0, file.getvalue())
         assert Stream(pictures, recipe_of(background=name))[0].pixels_CHW[:, 0, 0].tolist() == list(colour)
-    with pytest.raises(GazeError, match=r"data\.background 'whit' is no colour"):
+    with pytest.raises(GazeError, match="'whit' is no colour"):
         stream(data={"background": "whit"})
 
 

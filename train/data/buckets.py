@@ -62,7 +62,7 @@ def held_out(key: str, share: float) -> bool:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") < share * 2**64
 
 
-def fill(source: Source, data: Data, part: Part) -> list[Bucket]:
+def buckets_of(source: Source, data: Data, part: Part) -> list[Bucket]:
     """The buckets that have pictures. A held-out picture is visited once per epoch, whatever its repeats are.
 
     Takes 4 to 12 bytes per picture, or nothing where all count once in one bucket. Raises GazeError without a picture.

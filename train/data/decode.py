@@ -5,9 +5,10 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageColor, ImageOps
 from torch import Tensor
 
+from diffusion.errors import GazeError
 from pipelines.images import WHITE, open_picture, to_tensor
 
 Size = tuple[int, int]  # height and width in pixels
@@ -37,3 +38,12 @@ def crop_of(original: Size, size: Size, crop_at: tuple[float, float], flipped: b
     scale = max(size[0] / original[0], size[1] / original[1])
     top, left = crop_at[0], 1 - crop_at[1] if flipped else crop_at[1]
     return round((original[0] * scale - size[0]) * top), round((original[1] * scale - size[1]) * left)
+
+
+def colour(name: str) -> tuple[int, int, int]:
+    """RGB in 0 to 255 of a colour's name or #rrggbb. Raises GazeError for another word."""
+    try:
+        red, green, blue, *_ = ImageColor.getrgb(name)
+    except ValueError:
+        raise GazeError(f"data.background: {name!r} is no colour", "a name such as white, or #rrggbb") from None
+    return red, green, blue

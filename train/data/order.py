@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from math import isqrt
-from typing import NamedTuple
 
 import numpy as np
 
@@ -86,7 +86,8 @@ class Shuffled:
         return int(self.pictures[bisect_right(self.ends, visit)])
 
 
-class Turns(NamedTuple):
+@dataclass(frozen=True)
+class Turns:
     """Which bucket each global batch is of, so that a bucket of c pictures per epoch has had floor(e * c / batch_size)
     batches after e epochs, and what is left over waits for the next one.
 

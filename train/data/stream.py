@@ -7,7 +7,6 @@ from itertools import count
 from typing import NamedTuple
 
 import torch
-from PIL import ImageColor
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -15,8 +14,8 @@ from diffusion.errors import GazeError
 
 from ..config import Recipe
 from ..randomness import randomness
-from .buckets import Part, Shapes, Size, fill
-from .decode import crop_of, decode
+from .buckets import Part, Shapes, Size, buckets_of
+from .decode import colour, crop_of, decode
 from .order import Shuffled, Turns
 from .source import Source
 
@@ -27,7 +26,7 @@ class Sample(NamedTuple):
     """Position n of the stream. Sizes and places are (vertical, horizontal), in pixels."""
 
     position: int
-    index: int  # of the picture in its source
+    index: int  # type: ignore[assignment]  # of the picture in its source; a tuple has a method of that name
     key: str  # the picture's content
     caption: str  # "" where dropped
     dropped: bool
@@ -54,14 +53,14 @@ class Stream(Dataset[Sample]):
 
     def __init__(self, source: Source, recipe: Recipe, part: Part = "train", with_pixels: bool = True):
         data, trains = recipe.data, part == "train"
-        buckets = fill(source, data, part)
+        buckets = buckets_of(source, data, part)
         self.source, self.recipe, self.with_pixels = source, recipe, with_pixels
         self.shapes = Shapes(data)
         self.sizes = [bucket.size for bucket in buckets]
         self.batch_size = recipe.batch_size if trains else 1
         self.dropout, self.flip = (data.caption_dropout, data.flip) if trains else (0.0, 0.0)
         self.random_crop = trains and data.crop == "random"
-        self.background = _colour(data.background)
+        self.background = colour(data.background)
         self.orders = [
             Shuffled(bucket.pictures, bucket.ends, bucket.blocks, data.window, recipe.seed, f"{number}")
             for number, bucket in enumerate(buckets)
@@ -128,11 +127,3 @@ class Stream(Dataset[Sample]):
             )
         micro = batch_size // accumulation
         return ([*range(first + rank, first + micro, processes)] for first in count(start, micro))
-
-
-def _colour(name: str) -> tuple[int, int, int]:
-    try:
-        red, green, blue = ImageColor.getrgb(name)[:3]
-    except ValueError:
-        raise GazeError(f"data.background {name!r} is no colour", "white, black, or #rrggbb") from None
-    return red, green, blue
