@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.autoencoder import Autoencoder
-from diffusion.errors import GazeError
 from diffusion.files import replacing
 
+from .cache import check_sizes
 from .config import Recipe
-from .data.folder import Captioned, Sample, decode, normal, stack
+from .data.stream import Sample, Stream, stack
+from .processes import Processes
+from .randomness import normal
 
 SHOWN = 8  # pictures in a grid, which has as many columns
 
@@ -37,23 +39,17 @@ class AutoencoderPhase:
     """Per pixel: squared error + half the absolute error; per latent value: kl_weight x KL divergence to a unit normal
     (Kingma & Welling 2013, appendix B)."""
 
-    def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
-        self.recipe, self.data, self.device = recipe, data, device
+    def __init__(self, recipe: Recipe, data: Stream, processes: Processes):
+        self.recipe, self.data, self.device = recipe, data, processes.device
         self.autoencoder = Autoencoder.from_config(recipe.model.autoencoder)
-        if recipe.data.size % self.autoencoder.factor:
-            raise GazeError(
-                f"pictures of {recipe.data.size} pixels do not divide by the autoencoder's factor "
-                f"{self.autoencoder.factor}",
-                f"data.size={recipe.data.size // self.autoencoder.factor * self.autoencoder.factor}",
-            )
-        self.module = _Reconstruct(self.autoencoder).to(device)
-        side = recipe.data.size // self.autoencoder.factor
-        self.latent_shape = (self.autoencoder.latent_channels, side, side)
+        check_sizes(recipe.data, data, self.autoencoder.factor)
+        self.module = _Reconstruct(self.autoencoder).to(self.device)
 
     def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
         """The loss of each sample, B. u_B: of no use here, where there are no noise levels."""
         pixels = stack(samples).to(self.device)
-        noise = normal(self.recipe.seed, samples, "noise", self.latent_shape).to(self.device)
+        shape = self.autoencoder.latent_shape(*samples[0].size)
+        noise = normal(self.recipe.seed, samples, "noise", shape).to(self.device)
         again, mean, log_variance = (value.float() for value in module(pixels, noise))
         error = (again - pixels).square().mean((1, 2, 3)) + 0.5 * (again - pixels).abs().mean((1, 2, 3))
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((1, 2, 3))
@@ -92,9 +88,10 @@ class AutoencoderPhase:
         return ""
 
     def _pictures(self, count: int) -> Tensor:
-        entries = self.data.entries
-        chosen = torch.linspace(0, len(entries) - 1, min(count, len(entries))).long().tolist()
-        return torch.stack([decode(entries[i].file, self.recipe.data.size) for i in chosen]).to(self.device)
+        """Central squares, spread evenly over the data."""
+        total, square = len(self.data.source), (self.recipe.data.size,) * 2
+        chosen = torch.linspace(0, total - 1, min(count, total)).long().tolist()
+        return torch.stack([self.data.pixels(index, square) for index in chosen]).to(self.device)
 
     def _reconstruct(self, pixels_BCHW: Tensor) -> Tensor:
         return self.autoencoder.reconstruct(self.autoencoder.posterior(pixels_BCHW)[0])

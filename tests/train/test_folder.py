@@ -1,31 +1,26 @@
-"""Captioned pictures from a folder, and the order in which a run sees them."""
+"""Captioned pictures from a folder."""
 
+import hashlib
 import json
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from diffusion.errors import GazeError
 from tests.train.tiny import make_pictures
 from train.data.drawn import draw_folder
-from train.data.folder import Batches, Captioned, Entry, check, decode, normal, randomness, read_folder
+from train.data.folder import Entry, Folder, check, decode, read_folder
+from train.data.source import Record
 
 
 def write(folder: Path, *rows: object) -> Path:
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
-
-
-def stream(repeats: list[int], seed: int = 0, dropout: float = 0.0, captions: int = 1) -> Captioned:
-    entries = [Entry(Path(f"{i}.png"), tuple(f"{i} {c}" for c in range(captions)), r) for i, r in enumerate(repeats)]
-    return Captioned(entries, 16, seed, dropout, with_pixels=False)
 
 
 # What a folder says
@@ -190,102 +185,32 @@ def test_more_than_a_twentieth_broken_stops_the_run(tmp_path):
         check(entries + broken, 16)
 
 
-# The order
+# What comes of it
 
 
-def test_an_epoch_holds_each_entry_as_often_as_it_repeats():
-    data = stream([1, 3, 0, 2])
-    for epoch in range(3):
-        seen = Counter(data[position].entry for position in range(6 * epoch, 6 * epoch + 6))
-        assert seen == {0: 1, 1: 3, 3: 2}
+def test_a_folder_is_a_source_of_records(tmp_path):
+    entries = read_folder(make_pictures(tmp_path, 3))
+    source = Folder(entries)
+    assert (len(source), source.blocks) == (3, [3])
+    for index, entry in enumerate(entries):
+        content = entry.file.read_bytes()
+        key = hashlib.sha256(content).hexdigest()
+        assert source[index] == Record(str(entry.file), entry.captions, key, 16, 16, entry.repeats)
+        assert source.read(index) == content
 
 
-def test_a_sample_is_a_function_of_seed_and_position():
-    ahead, again = stream([1] * 10, dropout=0.3, captions=3), stream([1] * 10, dropout=0.3, captions=3)
-    forwards = [ahead[position] for position in range(50)]
-    backwards = [again[position] for position in reversed(range(50))][::-1]
-    assert forwards == backwards
-    assert [sample.position for sample in forwards] == list(range(50))
-    orders = {tuple(sample.entry for sample in forwards[start : start + 10]) for start in range(0, 50, 10)}
-    assert len(orders) == 5, "every epoch has an order of its own"
-    other = stream([1] * 10, seed=1, dropout=0.3, captions=3)
-    assert [other[position].entry for position in range(50)] != [sample.entry for sample in forwards]
+def test_the_fingerprint_is_of_names_captions_content_and_repeats(tmp_path):
+    for name, colour in (("x/a.png", "red"), ("moved/a.png", "red"), ("x/b.png", "red"), ("other/a.png", "blue")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4), colour).save(tmp_path / name)
 
+    def fingerprint(file, caption, repeats):
+        return Folder([Entry(tmp_path / file, (caption,), repeats)]).fingerprint()
 
-def test_randomness_is_independent_between_streams_and_pinned():
-    draws = {(seed, position, name): randomness(seed, position, name).random()
-             for seed in range(3) for position in range(3) for name in ("caption", "noise")}  # fmt: skip
-    assert len(set(draws.values())) == len(draws)
-    # A checkpoint of an older version goes on with the same stream.
-    assert randomness(0, 0, "noise").random() == 0.7804192740889795
-
-
-def test_noise_has_unit_variance():
-    noise = normal(0, [stream([1])[n] for n in range(200)], "noise", (4, 8, 8)).double()
-    assert noise.dtype == torch.float64
-    assert abs(noise.mean()) < 0.02
-    assert abs(noise.std() - 1) < 0.02
-
-
-@pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_processes_share_one_stream(processes, accumulation):
-    ranks = [iter(Batches(24, 12, accumulation, rank, processes)) for rank in range(processes)]
-    for start in range(24, 72, 12 // accumulation):
-        parts = [next(rank) for rank in ranks]
-        assert len({len(part) for part in parts}) == 1
-        assert sorted(position for part in parts for position in part) == list(range(start, start + 12 // accumulation))
-
-
-def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(GazeError, match=r"2 processes x 3.*\n.*batch_size=12"):
-        Batches(0, 10, 3, 0, 2)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_do_not_change_the_stream(tmp_path, workers):
-    data = Captioned(read_folder(make_pictures(tmp_path)), 16, 0, 0.1, with_pixels=True)
-    loader = iter(DataLoader(data, batch_sampler=Batches(16, 8, 1, 0, 1), collate_fn=list, num_workers=workers))
-    for start in range(16, 56, 8):
-        for sample, position in zip(next(loader), range(start, start + 8), strict=True):
-            expected = data[position]
-            assert sample[:3] == expected[:3]
-            assert torch.equal(sample.pixels_CHW, expected.pixels_CHW)
-
-
-def test_captions_are_dropped_and_chosen_anew_at_every_visit():
-    data = stream([1] * 4, dropout=0.25, captions=2)
-    samples = [data[position] for position in range(4000)]
-    share = np.mean([sample.caption == "" for sample in samples])
-    assert abs(share - 0.25) < 4 * (0.25 * 0.75 / 4000) ** 0.5
-    for entry in range(4):
-        visits = Counter(sample.caption for sample in samples if sample.entry == entry)
-        assert set(visits) == {"", f"{entry} 0", f"{entry} 1"}
-        assert abs(visits[f"{entry} 0"] - visits[f"{entry} 1"]) < 4 * 750**0.5
-    assert all(stream([1], dropout=0.0)[n].caption for n in range(100))
-    assert not any(stream([1], dropout=1.0)[n].caption for n in range(100))
-
-
-def test_the_fingerprint_is_of_names_captions_and_repeats(tmp_path):
-    def fingerprint(*entries):
-        return Captioned([Entry(Path(file), captions, repeats) for file, captions, repeats in entries], 16, 0, 0.1,
-                         with_pixels=False).fingerprint()  # fmt: skip
-
-    one = fingerprint(("x/a.png", ("a",), 1))
-    assert one == fingerprint(("moved/a.png", ("a",), 1))
-    others = [fingerprint(("x/b.png", ("a",), 1)), fingerprint(("x/a.png", ("b",), 1)),
-              fingerprint(("x/a.png", ("a",), 2))]  # fmt: skip
-    assert len({one, *others}) == 4
-
-
-def test_a_picture_that_vanishes_later_is_named(tmp_path):
-    data = Captioned(read_folder(make_pictures(tmp_path, 1)), 16, 0, 0.1, with_pixels=True)
-    assert data[0].pixels_CHW is not None
-    (tmp_path / "0.png").unlink()
-    with pytest.raises(GazeError, match=r"0\.png has changed since the run began"):
-        data[0]
-    with pytest.raises(GazeError, match="repeats 0"):
-        stream([0, 0])
+    one = fingerprint("x/a.png", "a", 1)
+    assert one == fingerprint("moved/a.png", "a", 1)
+    others = [("x/b.png", "a", 1), ("x/a.png", "b", 1), ("x/a.png", "a", 2), ("other/a.png", "a", 1)]
+    assert len({one, *(fingerprint(*other) for other in others)}) == 5
 
 
 def test_drawn_pictures_are_a_function_of_the_seed(tmp_path):

@@ -1,25 +1,20 @@
-"""Captioned pictures from a folder: metadata.jsonl (`file_name`, `text`; the imagefolder convention) or .txt files.
-
-Sample n of a run is a pure function of (seed, n): the order, the caption, its dropping and the noise. A run therefore
-resumes exactly, and any number of processes sees the same stream.
-"""
+"""Captioned pictures from a folder: metadata.jsonl (`file_name`, `text`; the imagefolder convention) or .txt files."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from diffusion.errors import GazeError
 from pipelines.images import open_picture, to_tensor
+
+from .source import Record
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 MOST_BROKEN = 0.05  # share of pictures that may fail to decode before a run stops
@@ -31,32 +26,6 @@ class Entry(NamedTuple):
     file: Path
     captions: tuple[str, ...]
     repeats: int = 1
-
-
-class Sample(NamedTuple):
-    """Position n of the stream. pixels_CHW in [-1, 1], or None where latents are cached."""
-
-    position: int
-    entry: int
-    caption: str
-    pixels_CHW: Tensor | None
-
-
-def randomness(seed: int, position: int, stream: str) -> np.random.Generator:
-    """The generator of one sample for one purpose: a counter-based Philox keyed by all three."""
-    key = hashlib.blake2b(f"{seed}/{position}/{stream}".encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
-
-
-def normal(seed: int, samples: list[Sample], stream: str, shape: tuple[int, ...]) -> Tensor:
-    """Unit-variance noise of `shape` for each sample."""
-    draws = [randomness(seed, sample.position, stream).standard_normal(shape, np.float32) for sample in samples]
-    return torch.from_numpy(np.stack(draws))
-
-
-def stack(samples: list[Sample]) -> Tensor:
-    """The pixels of samples that carry them, BCHW."""
-    return torch.stack([sample.pixels_CHW for sample in samples if sample.pixels_CHW is not None])
 
 
 class Skipped(NamedTuple):
@@ -154,70 +123,37 @@ def check(entries: list[Entry], size: int) -> tuple[list[Entry], list[Skipped]]:
     return good, skipped
 
 
-class Captioned(Dataset[Sample]):
-    """The endless stream of samples: item n is sample n.
+class Folder:
+    """The pictures of a folder as a `Source`: one block, in the order of `entries`."""
 
-    An epoch holds each entry `repeats` times; each epoch is shuffled by (seed, epoch).
-    with_pixels: False where latents are cached, so that nothing is decoded.
-    """
+    def __init__(self, entries: Sequence[Entry]):
+        self.files = [entry.file for entry in entries]
+        self.records = [_record(entry) for entry in entries]
+        self.blocks = [len(entries)]
 
-    def __init__(self, entries: list[Entry], size: int, seed: int, caption_dropout: float, with_pixels: bool):
-        self.entries = entries
-        self.size = size
-        self.seed = seed
-        self.caption_dropout = caption_dropout
-        self.with_pixels = with_pixels
-        self.slots = np.repeat(np.arange(len(entries)), [entry.repeats for entry in entries])
-        if not len(self.slots):
-            raise GazeError("every picture has repeats 0", "give at least one picture repeats 1")
-        self._epoch, self._order = -1, self.slots
+    def __len__(self) -> int:
+        return len(self.records)
 
-    def __getitem__(self, position: int) -> Sample:
-        epoch, place = divmod(position, len(self.slots))
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, randomness(self.seed, epoch, "epoch").permutation(self.slots)
-        index = int(self._order[place])
-        entry = self.entries[index]
-        random = randomness(self.seed, position, "caption")
-        dropped = random.random() < self.caption_dropout
-        caption = "" if dropped else entry.captions[random.integers(len(entry.captions))]
-        return Sample(position, index, caption, self._pixels(entry.file) if self.with_pixels else None)
+    def __getitem__(self, index: int) -> Record:
+        return self.records[index]
 
-    def _pixels(self, file: Path) -> Tensor:
-        try:
-            return decode(file, self.size)
-        except Exception as error:
-            raise GazeError(f"{file} has changed since the run began: {type(error).__name__}: {error}",
-                            "put it back; the same command goes on from the last checkpoint") from None  # fmt: skip
+    def read(self, index: int) -> bytes:
+        content = self.files[index].read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.records[index].key:
+            raise GazeError("its content is another", "put it back")
+        return content
 
     def captions(self) -> Iterator[str]:
         """Of all pictures."""
         return (caption for entry in self.entries for caption in entry.captions)
 
     def fingerprint(self) -> str:
-        """A hash of file names, captions and repeats: a run resumes only on the data it began with."""
-        rows = [(entry.file.name, entry.captions, entry.repeats) for entry in self.entries]
-        return hashlib.sha256(json.dumps([self.size, rows]).encode()).hexdigest()
+        """A hash of file names, captions, keys and repeats."""
+        rows = [(Path(r.name).name, r.captions, r.key, r.repeats) for r in self.records]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-class Batches:
-    """Batch sampler: the positions of this process, one list per micro-batch, from picture `start` on, without end.
-
-    Process r of R takes every R-th position of a global batch, so all processes together see 0, 1, 2, ... in order.
-    """
-
-    def __init__(self, start: int, batch_size: int, accumulation: int, rank: int, processes: int):
-        if batch_size % (accumulation * processes):
-            raise GazeError(
-                f"batch_size {batch_size} does not divide by {processes} processes x {accumulation} accumulation steps",
-                f"batch_size={-(-batch_size // (accumulation * processes)) * accumulation * processes}",
-            )
-        self.start, self.batch_size, self.accumulation = start, batch_size, accumulation
-        self.rank, self.processes = rank, processes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        micro = self.batch_size // self.accumulation
-        position = self.start
-        while True:
-            yield list(range(position + self.rank, position + micro, self.processes))
-            position += micro
+def _record(entry: Entry) -> Record:
+    content, picture = entry.file.read_bytes(), open_picture(entry.file)
+    key = hashlib.sha256(content).hexdigest()
+    return Record(str(entry.file), entry.captions, key, picture.height, picture.width, entry.repeats)
