@@ -30,7 +30,8 @@ from pipelines.sheet import grid
 from . import checkpoint
 from .config import Recipe
 from .data.drawn import draw_folder
-from .data.folder import Batches, Captioned, Sample, check, read_folder
+from .data.folder import Batches, Captioned, Picture, Sample
+from .data.open import open_source
 from .ema import EMA
 from .metrics import Metrics
 from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors
@@ -167,18 +168,15 @@ def open_folder(recipe: Recipe) -> None:
 
 
 def read_data(recipe: Recipe, report: bool) -> Captioned:
-    """The recipe's pictures that decode. report: list the others in out/skipped.txt and warn of them."""
-    entries, skipped = check(read_folder(recipe.data.folder or recipe.out / "drawn"), recipe.data.size)
-    if skipped and report:
-        listed = recipe.out / "skipped.txt"
-        listed.write_text("".join(f"{item.file}: {item.reason}\n" for item in skipped), encoding="utf-8")
-        warnings.warn(
-            f"{len(skipped)} of {len(skipped) + len(entries)} pictures do not decode and are skipped, first "
-            f"{skipped[0].file}: {skipped[0].reason}; all are listed in {listed}",
-            stacklevel=2,
-        )
+    """The recipe's pictures that decode. report: warn of the others."""
+    with warnings.catch_warnings():
+        if not report:
+            warnings.simplefilter("ignore")
+        source: Any = open_source(recipe)
+    files = [source.place.root / source.place.files[number] for number in source.numbers]
+    pictures = [Picture(file, one.captions, one.repeats) for file, one in zip(files, source.records, strict=True)]
     cached = recipe.phase != "autoencoder" and recipe.data.cache_latents
-    return Captioned(entries, recipe.data.size, recipe.seed, recipe.data.caption_dropout, with_pixels=not cached)
+    return Captioned(pictures, recipe.data.size, recipe.seed, recipe.data.caption_dropout, with_pixels=not cached)
 
 
 def make_phase(recipe: Recipe, data: Captioned, device: torch.device) -> Phase:
