@@ -17,10 +17,9 @@ from torch.utils.data import Dataset
 from diffusion.errors import GazeError
 
 from . import decode as decoding
-from .source import Entry, digest
+from .source import LARGEST, Entry, digest
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-LARGEST = 2**28  # bytes of a file; a film with a picture's name must not fill the memory
 
 
 class Folder:

@@ -13,7 +13,7 @@ from diffusion.errors import GazeError
 from ..processes import Processes
 from .decode import probe
 from .parallel import in_parallel
-from .source import Place, Record, Skipped, digest
+from .source import LARGEST, Place, Record, Skipped, digest
 
 MOST_BROKEN = 0.05  # share of pictures that may be left out before a run stops
 AT_ONCE = 64  # pictures that a process looks at before it answers
@@ -85,6 +85,8 @@ def examine(place: Place, index: int) -> tuple[bytes, Record]:
     if not entry.captions:
         raise GazeError("it has no caption")
     content = place.read(index)
+    if len(content) > LARGEST:
+        raise GazeError(f"the file has {len(content)} bytes, more than {LARGEST}")
     key = hashlib.sha256(content).hexdigest()
     return content, Record(entry.name, entry.captions, key, *probe(content), entry.repeats)
 

@@ -22,14 +22,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diffusion.errors import GazeError
 
 from .remote import fetch, fetch_text, is_url
-from .source import Record, digest
+from .source import LARGEST, Record, digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 INDICES = 32  # that a process keeps in memory; some megabytes each
 SUFFIXES = ("png", "jpg", "webp", "bmp", "gif")
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 Positive = Annotated[int, Field(gt=0)]
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -68,7 +68,7 @@ class Line(_Strict):
     captions: Annotated[tuple[str, ...], Field(min_length=1)]
     repeats: Count
     offset: Count
-    size: Positive
+    size: Annotated[int, Field(gt=0, le=LARGEST)]
     sha256: Hash
     height: Positive
     width: Positive

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 from diffusion.errors import GazeError
 
+LARGEST = 2**28  # bytes of a picture's file; a film with a picture's name must not fill the memory
+
 
 class Entry(NamedTuple):
     """What a place says of a picture at which nobody has looked yet."""
