@@ -74,7 +74,8 @@ def look(place: Place, workers: int = 0, processes: Processes | None = None) -> 
         if isinstance(seen, str):
             skipped.append(Skipped(entry.name, seen))
         else:
-            records.append(Record(entry.name, entry.captions, *seen, entry.repeats))
+            key, height, width = seen
+            records.append(Record(entry.name, entry.captions, key, height, width, entry.repeats))
             numbers.append(number)
     return Looked(place, records, numbers), skipped
 
@@ -88,7 +89,8 @@ def examine(place: Place, index: int) -> tuple[bytes, Record]:
     if len(content) > LARGEST:
         raise GazeError(f"the file has {len(content)} bytes, more than {LARGEST}")
     key = hashlib.sha256(content).hexdigest()
-    return content, Record(entry.name, entry.captions, key, *probe(content), entry.repeats)
+    height, width = probe(content)
+    return content, Record(entry.name, entry.captions, key, height, width, entry.repeats)
 
 
 def refuse_many(skipped: Sequence[Skipped], total: int) -> None:

@@ -55,7 +55,7 @@ def pack(place: Place, out: Path, shard_size: int = 10_000, workers: int = 0) ->
                 if one["skipped"]:  # repaired, they belong into the shard
                     _result(out, number).unlink(missing_ok=True)
             raise
-        manifest = Manifest(**plan, shards=tuple(Shard(**one["shard"]) for one in found))
+        manifest = Manifest.model_validate({**plan, "shards": tuple(Shard(**one["shard"]) for one in found)})
         _write(out / "skipped.txt", (f"{item.name}: {item.reason}\n".encode() for item in skipped))
         _write(out / MANIFEST, [manifest.model_dump_json(indent=1).encode()])
         for number in range(count):
@@ -116,7 +116,8 @@ def _add(shard: tarfile.TarFile, key: str, content: bytes, record: Record) -> by
     suffix = next(suffix for start, suffix in STARTS.items() if content.startswith(start))
     known = {"name": record.name, "captions": record.captions, "repeats": record.repeats}
     known |= {"sha256": record.key, "height": record.height, "width": record.width}
-    line = Line(key=key, suffix=suffix, offset=shard.offset + tarfile.BLOCKSIZE, size=len(content), **known)
+    place = {"key": key, "suffix": suffix, "offset": shard.offset + tarfile.BLOCKSIZE, "size": len(content)}
+    line = Line.model_validate(place | known)
     members = {suffix: content, "txt": record.captions[0].encode(), "json": json.dumps(known).encode()}
     for kind, value in members.items():
         member = tarfile.TarInfo(f"{key}.{kind}")  # of mode 644, owner 0 and time 0
