@@ -3,34 +3,52 @@
 Shapes: B batch, C channels (3), H W height and width in pixels.
 """
 
+import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from diffusion.errors import GazeError
 
 WHITE = (255, 255, 255)
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")  # Pillow knows more; some of them run other programs
-MOST_PIXELS = 64_000_000  # a file of some kilobytes can claim to be larger than any memory
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF")  # Pillow knows more; some of them run other programs
+TOO_MANY_PIXELS = 64_000_000  # a file of some kilobytes can claim to be larger than any memory
+DEEP = (np.arange(65536) / 257).round().astype(np.uint8)  # the 8-bit level of each 16-bit one
+TURNS = {  # what makes a picture upright, by its orientation (EXIF 2.3, table 6)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
-def open_picture(file: str | Path, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """A picture of a file as `to_rgb` makes it. Raises GazeError when there is none, or one of too many pixels."""
+def open_picture(file: str | Path | bytes, background: tuple[int, int, int] = WHITE) -> Image.Image:
+    """A picture of a file, or of a file's content, as `to_rgb` makes it: the first where there are several.
+
+    Raises GazeError when there is none, one that is cut short, or one of 64 million pixels or more, which is seen from
+    its header.
+    """
+    name, source = ("the file", io.BytesIO(file)) if isinstance(file, bytes) else (str(file), file)
     try:
-        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as opened:
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata; and our own limit of size is lower than Pillow's
-            if opened.width * opened.height > MOST_PIXELS:
-                raise ValueError(
-                    f"{opened.width} x {opened.height} pixels are more than {MOST_PIXELS / 1e6:.0f} million"
-                )
-            return to_rgb(opened, background)
+            with Image.open(source, formats=FORMATS) as opened:
+                if opened.width * opened.height >= TOO_MANY_PIXELS:
+                    limit = f"{TOO_MANY_PIXELS / 1e6:.0f} million"
+                    raise ValueError(f"{opened.width} x {opened.height} pixels are too many; the limit is {limit}")
+                return to_rgb(opened, background)
     except Exception as error:  # Pillow's readers let almost any error through
-        raise GazeError(f"{file} cannot be read as a picture: {error}", f"a {', '.join(FORMATS)} file") from error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "it is none, or of another format" if unknown else str(error) or type(error).__name__
+        raise GazeError(f"{name} cannot be read as a picture: {reason}", f"a {', '.join(FORMATS)} file") from error
 
 
 def to_pil(pixels_BCHW: Tensor) -> list[Image.Image]:
@@ -40,16 +58,35 @@ def to_pil(pixels_BCHW: Tensor) -> list[Image.Image]:
 
 
 def to_rgb(image: Image.Image, background: tuple[int, int, int] = WHITE) -> Image.Image:
-    """Any decoded picture as 8-bit RGB: turned upright by its EXIF orientation, transparency laid on `background`,
-    16-bit grey scaled to 8 bits (PIL's own conversion clips it to white)."""
-    image = ImageOps.exif_transpose(image)
+    """Any decoded picture as 8-bit RGB without metadata: turned upright by its EXIF orientation, transparency laid on
+    `background`, 16-bit grey scaled to 8 bits (PIL's own conversion clips it to white)."""
+    image = _upright(image)
     if image.mode.startswith("I"):
-        levels_HW = np.asarray(image).astype(np.float64).clip(0, 65535)
-        image = Image.fromarray((levels_HW / 257).round().astype(np.uint8))
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    top = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", top.size, (*background, 255)), top).convert("RGB")
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        top = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", top.size, (*background, 255)), top)
+    rgb = image.convert("RGB")
+    rgb.info = {}  # an orientation that stayed would turn the picture again
+    return rgb
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Metadata that cannot be read turns nothing."""
+    image.load()  # in some formats metadata follows the pixels
+    try:
+        method = TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # as open_picture
+        method = None
+    return image if method is None else image.transpose(method)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    levels_HW = np.asarray(image).clip(0, 65535)
+    grey = Image.fromarray(DEEP[levels_HW])
+    if "transparency" in image.info:  # one level of the 65536 is clear
+        grey.putalpha(Image.fromarray(levels_HW != image.info["transparency"]).convert("L"))
+    return grey
 
 
 def to_tensor(images: Image.Image | Sequence[Image.Image], background: tuple[int, int, int] = WHITE) -> Tensor:

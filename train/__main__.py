@@ -8,7 +8,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from diffusion.errors import GazeError, nearest
+from diffusion.errors import GazeError
 from pipelines.launch import start_the_others
 
 USAGE = """\
@@ -17,7 +17,7 @@ accelerate launch -m train CONFIG [key.path=value ...]  the same on many
 python -m train plan CONFIG --gpu h100 --count 8     memory, speed, days and cost of a run before it begins
 python -m train export RUN [--ema-width 0.1]         write RUN/model from RUN's newest checkpoint (averaged weights)
 python -m train report RUN                           write RUN/report.html, one page of curves and samples
-python -m train data emoji OUT [--size 64]           build the emoji data
+python -m train data COMMAND ...                     build, pack, check and describe pictures: data --help
 
 CONFIG is a recipe in YAML (see configs/); its keys and their meanings stand in train/config.py.
 --resume, --resume=never are short for resume=auto, resume=never; --debug shows the traceback of an error.
@@ -92,17 +92,9 @@ def export(words: list[str]) -> int:
 
 
 def data(words: list[str]) -> int:
-    if words[:1] != ["emoji"]:
-        raise GazeError("python -m train data needs the name of a data set", nearest(" ".join(words[:1]), ["emoji"]))
-    parser = argparse.ArgumentParser(prog="python -m train data emoji")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
-    arguments = parser.parse_args(words[1:])
-    from .data.emoji import build_emoji
+    from .data.command import main
 
-    for key, value in build_emoji(arguments.out, arguments.size).items():
-        print(f"{key}: {value}")
-    return 0
+    return main(words)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class AutoencoderPhase:
 
     @property
     def shown(self) -> int:
-        return 2 * min(SHOWN, len(self.data.entries))
+        return 2 * min(SHOWN, len(self.data.source))
 
     @torch.no_grad()
     def pictures(self, numbers: Sequence[int]) -> Tensor:

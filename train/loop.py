@@ -1,7 +1,7 @@
 """The training loop over Accelerate, readable top to bottom.
 
 Accelerate launches, wraps the module, runs backward and reduces. It owns neither the data order, nor the learning
-rate, nor the checkpoint: those are functions of pictures seen (see data/folder.py, optimizer.py, checkpoint.py).
+rate, nor the checkpoint: those are functions of pictures seen (see data/stream.py, optimizer.py, checkpoint.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from diffusion.errors import GazeError
 
 from .company import Company
 from .config import Recipe
-from .data.folder import Sample
+from .data.stream import Sample
 from .environment import note_start
 from .launch import make_accelerator, processes_of
 from .metrics import Metrics
@@ -86,7 +86,7 @@ def train(recipe: Recipe) -> Path:
                 lap("trainer")
                 if due(recipe.validation.every) and not stopping:
                     with gathered(run.phase.module):
-                        validate(recipe, run.phase, [], run.averages, processes, metrics, run.seen,
+                        validate(recipe, run.phase, run.held_out, run.averages, processes, metrics, run.seen,
                                  stopping=lambda: processes.any(stop.received))  # fmt: skip
                     stopping = processes.any(stop.received)
                     lap("validation")
@@ -132,7 +132,7 @@ def backward(accelerator: Accelerator, run: Run, lap: Callable[[str], None]) -> 
 def not_finite(run: Run, losses: Losses) -> NotFinite:
     """What is said, by every process alike, of a step whose loss or gradient is not finite somewhere."""
     names = [
-        str(sample.entry)
+        run.source[sample.index].name
         for samples, loss_B in losses
         for sample, finite in zip(samples, loss_B.isfinite().tolist(), strict=True)
         if not finite

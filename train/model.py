@@ -26,8 +26,8 @@ from pipelines.text_to_image import DEFAULT_MODEL
 
 from . import config, lora
 from .choice import networks, text_frozen
-from .told import condition, read
 from .tokenizer import learn_tokenizer
+from .told import condition, read
 
 SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
              "prediction_type": "v_prediction", "timestep_spacing": "trailing",

@@ -13,9 +13,10 @@ from torch import Tensor
 from diffusion.noise import NoiseSchedule
 from diffusion.objective import Density, log_normal, nearest_noise, uniform_timesteps
 
+from .cache import Latents
 from .config import Objective, Recipe
-from .data.folder import Sample, normal, randomness
-from .latents import Latents
+from .data.stream import Sample
+from .randomness import normal, randomness
 
 
 def make_density(objective: Objective, schedule: NoiseSchedule) -> Density:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,13 +23,17 @@ from .checkpoint import Checkpoints
 from .checkpoint_files import load as load_checkpoint
 from .choice import load_trained, trained
 from .config import Recipe
+from .data.buckets import Part
 from .data.drawn import draw_folder
-from .data.folder import Batches, Captioned, Sample, check, read_folder
+from .data.open import open_source
+from .data.source import Source
+from .data.stream import Sample, Stream
 from .ema import EMA
 from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 from .processes import Processes
 from .signals import shield
 from .snapshots import PowerAverages, reconstruct
+from .validation import check_held_out
 
 
 class Phase(Protocol):
@@ -65,6 +69,7 @@ class Run:
 
     recipe: Recipe
     processes: Processes
+    source: Source
     phase: Phase
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -72,8 +77,9 @@ class Run:
     powers: PowerAverages
     checkpoints: Checkpoints
     state: dict[str, Any]  # of every checkpoint: what it belongs to
-    batches: Iterator[list[Sample]]
-    seen: int
+    batches: Iterator[list[Sample]] = field(default_factory=lambda: iter(()))
+    held_out: Sequence[Sample] = ()  # pictures that are never trained on
+    seen: int = 0
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -106,8 +112,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     if processes.first:
         open_folder(recipe)
     processes.wait()
-    data = read_data(recipe, processes.first)
-    phase = make_phase(recipe, data, accelerator.device)
+    source = open_source(recipe, processes)
+    data = open_stream(recipe, source)
+    phase = make_phase(recipe, data, processes)
     state = belongs_to(recipe, data, phase)
     if recipe.gradient_checkpointing:
         recompute(phase.module)
@@ -115,7 +122,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     module, optimizer = accelerator.prepare(phase.module, make_optimizer(phase.module, recipe.optimizer))
     averages = EMA(phase.module, recipe.ema.half_life)
     powers = PowerAverages(phase.module, recipe.ema.widths if recipe.ema.snapshots_every else ())
-    run = Run(recipe, processes, phase, module, optimizer, averages, powers, checkpoints, state, iter(()), 0)
+    run = Run(
+        recipe, processes, source, phase, module, optimizer, averages, powers, checkpoints, state, iter(()), [], 0
+    )
     resume(run)
     checkpoints.remove_leftovers()
     if processes.first:
@@ -123,6 +132,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     if recipe.compile:
         run.module = torch.compile(module)
     run.batches = load(recipe, data, run.seen, processes)
+    if recipe.validation.every and recipe.data.held_out:
+        run.held_out = open_stream(recipe, source, "held_out")
+        check_held_out(recipe, run.held_out)
     return run
 
 
@@ -136,40 +148,31 @@ def open_folder(recipe: Recipe) -> None:
         draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed)
 
 
-def read_data(recipe: Recipe, report: bool) -> Captioned:
-    """The recipe's pictures that decode. report: list the others in out/skipped.txt and warn of them."""
-    entries, skipped = check(read_folder(recipe.data.folder or recipe.out / "drawn"), recipe.data.size)
-    if skipped and report:
-        listed = recipe.out / "skipped.txt"
-        listed.write_text("".join(f"{item.file}: {item.reason}\n" for item in skipped), encoding="utf-8")
-        warnings.warn(
-            f"{len(skipped)} of {len(skipped) + len(entries)} pictures do not decode and are skipped, first "
-            f"{skipped[0].file}: {skipped[0].reason}; all are listed in {listed}",
-            stacklevel=2,
-        )
+def open_stream(recipe: Recipe, source: Source, part: Part = "train") -> Stream:
+    """The samples of a run; with pixels, unless their latents are cached."""
     cached = recipe.phase != "autoencoder" and recipe.data.cache_latents
-    return Captioned(entries, recipe.data.size, recipe.seed, recipe.data.caption_dropout, with_pixels=not cached)
+    return Stream(source, recipe, part, with_pixels=not cached)
 
 
-def make_phase(recipe: Recipe, data: Captioned, device: torch.device) -> Phase:
+def make_phase(recipe: Recipe, data: Stream, processes: Processes) -> Phase:
     """The phase with fresh weights, a function of recipe.seed."""
     torch.manual_seed(recipe.seed)  # everything later has randomness of its own
     if recipe.phase == "autoencoder":
         from .autoencoder_phase import AutoencoderPhase
 
-        return AutoencoderPhase(recipe, data, device)
+        return AutoencoderPhase(recipe, data, processes)
     if recipe.phase == "text":
         from .text_phase import TextPhase
 
-        return TextPhase(recipe, data, device)
+        return TextPhase(recipe, data, processes)
     from .diffusion_phase import DiffusionPhase
 
-    return DiffusionPhase(recipe, data, device)
+    return DiffusionPhase(recipe, data, processes)
 
 
-def belongs_to(recipe: Recipe, data: Captioned, phase: Phase) -> dict[str, Any]:
+def belongs_to(recipe: Recipe, data: Stream, phase: Phase) -> dict[str, Any]:
     """What a checkpoint and the run that goes on from it must share, and the recipe, to tell what differs."""
-    identity = "-".join(filter(None, [recipe.identity(), data.fingerprint(), phase.fingerprint()]))
+    identity = "-".join(filter(None, [recipe.identity(), data.source.fingerprint(), phase.fingerprint()]))
     return {"identity": identity, "recipe": recipe.lasting()}
 
 
@@ -188,9 +191,9 @@ def resume(run: Run) -> None:
         print(f"resumed from {found}", file=sys.stderr)
 
 
-def load(recipe: Recipe, data: Captioned, start: int, processes: Processes) -> Iterator[list[Sample]]:
+def load(recipe: Recipe, data: Stream, start: int, processes: Processes) -> Iterator[list[Sample]]:
     """The micro-batches of this process from picture `start` on, without end."""
-    positions = Batches(start, recipe.batch_size, recipe.gradient_accumulation_steps, processes.rank, processes.count)
+    positions = data.batches(start, processes.rank, processes.count)
     workers = recipe.data.workers
     return iter(DataLoader(data, batch_sampler=positions, collate_fn=list, num_workers=workers, worker_init_fn=shield))
 
@@ -203,9 +206,14 @@ def export(recipe: Recipe, width: float | None = None) -> Path:
     newest = Checkpoints(recipe.out / "checkpoints", recipe.keep).newest()
     if newest is None:
         raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
-    data = read_data(recipe, report=False)
-    uncached = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_latents": False})})
-    phase = make_phase(uncached, data, torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what is left out has been said
+        source = open_source(recipe)
+    uncached = recipe.model_copy(
+        update={"data": recipe.data.model_copy(update={"cache_latents": False, "cache_text": False})}
+    )
+    data = open_stream(uncached, source)
+    phase = make_phase(uncached, data, Processes())
     tensors, _ = load_checkpoint(newest, belongs_to(recipe, data, phase))
     averages = tensors["ema"] if width is None else reconstruct(recipe.out / "snapshots", width)[1]
     load_trained(phase.module, averages)

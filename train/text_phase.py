@@ -16,14 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from diffusion.errors import GazeError
 from diffusion.files import replacing
 from diffusion.text import TextEncoder
 
+from .cache import Latents
 from .choice import fingerprint
 from .config import Recipe
-from .data.folder import Captioned, Sample
-from .latents import Latents
+from .data.stream import Sample, Stream
 from .model import make_text_encoder, open_autoencoder
+from .processes import Processes
 
 HIDDEN = 1024
 
@@ -46,11 +48,13 @@ class _Foretell(nn.Module):
 class TextPhase:
     """Squared error of the latents."""
 
-    def __init__(self, recipe: Recipe, data: Captioned, device: torch.device):
-        self.recipe, self.data, self.device = recipe, data, device
-        self.latents = Latents(recipe, data, device, open_autoencoder(recipe.model))
+    def __init__(self, recipe: Recipe, data: Stream, processes: Processes):
+        if recipe.data.bucket_step:
+            raise GazeError("the text phase foretells pictures of one size", "data.bucket_step=0")
+        self.recipe, self.device = recipe, processes.device
+        self.latents = Latents(recipe, data, processes, open_autoencoder(recipe.model))
         self.text = make_text_encoder(recipe.model, data.captions())
-        self.module = _Foretell(self.text, self.latents.shape).to(device)
+        self.module = _Foretell(self.text, self.latents.shape(data.sizes[0])).to(self.device)
 
     def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
         """The loss of each sample, B. u_B: of no use here, where there are no noise levels."""

@@ -23,6 +23,7 @@ from tests.train.tiny import (
     make_pictures,
     make_vae,
     newest_files,
+    open_phase,
     rows,
     run_here,
     start,
@@ -30,9 +31,10 @@ from tests.train.tiny import (
     weights,
 )
 from train import __main__ as command
-from train.data.folder import decode, read_folder
+from train.data.decode import decode
+from train.data.folder import Folder
 from train.loop import NotFinite, is_due
-from train.run import export, make_phase, read_data
+from train.run import export
 
 PROMPTS = ("red square", "a blue one")
 
@@ -84,7 +86,7 @@ def test_a_run_leaves_its_recipe_metrics_checkpoints_and_model(straight):
     assert all({"loss", "learning_rate", "gradient_norm"} <= row.keys() for row in rows(straight))
     assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["000000000064", "000000000080"]
     assert {path.name for path in straight.iterdir()} == {
-        "checkpoints", "environment.jsonl", "metrics.jsonl", "model", "recipe.yaml",
+        "cache", "checkpoints", "environment.jsonl", "metrics.jsonl", "model", "recipe.yaml",
     }  # fmt: skip
     assert newest_files(straight).keys() == {
         "model-00000.safetensors", "ema-00000.safetensors", "optimizer-00000.safetensors", "manifest.json",
@@ -129,7 +131,7 @@ def test_training_lowers_the_loss(diffusion):
 def test_drawn_pictures_need_no_data(tmp_path, vae):
     recipe = tiny_recipe(tmp_path / "run", None, vae, pictures=16, data={"folder": None, "drawn": 6})
     run_here(recipe)
-    assert len(read_folder(tmp_path / "run" / "drawn")) == 6
+    assert len(Folder(tmp_path / "run" / "drawn")) == 6
 
 
 # What must change nothing
@@ -172,8 +174,7 @@ def test_cached_latents_equal_those_encoded_every_time(straight, diffusion):
 
 def test_the_losses_of_a_batch_are_a_function_of_its_positions(diffusion):
     recipe = diffusion()
-    samples = read_data(recipe, report=False)
-    phase = make_phase(recipe, samples, torch.device("cpu"))
+    samples, phase = open_phase(recipe)
     with torch.no_grad():
         whole = phase.loss(phase.module, [samples[n] for n in range(8)])
         parts = [phase.loss(phase.module, [samples[n] for n in part]) for part in ((7, 0, 2), (1, 3, 4, 5, 6))]
@@ -295,7 +296,7 @@ def test_bf16_trains_float32_weights(straight, diffusion):
 
 def test_the_text_encoder_learns_at_its_share_of_the_rate(straight, diffusion):
     recipe = diffusion(optimizer={"text_share": 1e-3})
-    fresh = make_phase(recipe, read_data(recipe, report=False), torch.device("cpu")).module.state_dict()
+    fresh = open_phase(recipe)[1].module.state_dict()
     run_here(recipe)
     moved = {name: float((value - fresh[name]).abs().max()) for name, value in weights(recipe.out).items()}
     assert 0 < max(change for name, change in moved.items() if name.startswith("text_model.")) < 2e-5
@@ -305,7 +306,7 @@ def test_the_text_encoder_learns_at_its_share_of_the_rate(straight, diffusion):
 def test_fresh_token_embeddings_have_the_spread_asked_for(diffusion):
     for spread in (0.02, 0.5):
         recipe = diffusion(model={"text": {"token_std": spread}})
-        module = make_phase(recipe, read_data(recipe, report=False), torch.device("cpu")).module
+        module = open_phase(recipe)[1].module
         tokens = module.get_parameter("text_model.embeddings.token_embedding.weight")
         assert float(tokens.detach().std()) == pytest.approx(spread, rel=0.1)
 
@@ -325,7 +326,7 @@ def test_the_autoencoder_phase_ends_with_latents_of_unit_variance(trained_vae, d
     figures = [row["psnr"] for row in rows(trained_vae.parents[1]) if "psnr" in row]
     assert figures[1] > figures[0] > 5
     vae = AutoencoderKL.from_pretrained(trained_vae)
-    pixels = torch.stack([decode(entry.file, 16) for entry in read_folder(data)])
+    pixels = torch.stack([decode(data / name, (16, 16))[0] for name in Folder(data).files])
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
         again = vae.decode(latents / vae.config.scaling_factor).sample
@@ -344,15 +345,15 @@ def test_the_text_phase_learns_what_the_captions_show_and_the_diffusion_phase_be
     assert {path.name for path in folder.iterdir()} == {"text_encoder", "tokenizer"}
     assert run_here(first) == folder  # the same command again, after its end
     losses = [row["loss"] for row in rows(first.out)]
-    pixels = torch.stack([decode(entry.file, 16) for entry in read_folder(data)])
+    pixels = torch.stack([decode(data / name, (16, 16))[0] for name in Folder(data).files])
     with torch.no_grad():
         latents = Autoencoder.from_pretrained(trained_vae).encode(pixels)[0]
     without_words = float((latents - latents.mean(0)).square().mean())
-    assert losses[-1] < 0.25 * without_words < losses[0]
+    assert losses[-1] < 0.3 * without_words < losses[0]
     assert (first.out / "samples" / "000000001600.png").is_file()
 
     second = tiny_recipe(tmp_path / "diffusion", data, trained_vae, model={"text_from": folder})
-    phase = make_phase(second, read_data(second, report=False), torch.device("cpu"))
+    phase = open_phase(second)[1]
     begun = phase.module.state_dict()
     for name, value in TextEncoder.from_pretrained(
         folder / "text_encoder", folder / "tokenizer"
@@ -437,9 +438,9 @@ def test_broken_pictures_are_listed_beside_the_run(tmp_path, vae):
     pictures = make_pictures(tmp_path / "pictures", 40)
     (pictures / "7.png").write_bytes(b"no picture")
     recipe = tiny_recipe(tmp_path / "run", pictures, vae, pictures=16)
-    with pytest.warns(UserWarning, match=r"1 of 40 pictures do not decode.*7\.png"):
+    with pytest.warns(UserWarning, match=r"1 of 40 pictures are left out.*7\.png"):
         run_here(recipe)
-    assert (tmp_path / "run" / "skipped.txt").read_text().startswith(str(pictures / "7.png"))
+    assert (tmp_path / "run" / "skipped.txt").read_text().startswith("7.png: ")
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_of_two_lines(tmp_path, data, vae, monkeypatch, capsys):

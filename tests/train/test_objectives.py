@@ -13,9 +13,8 @@ from torch.special import ndtri
 from diffusion.errors import GazeError
 from diffusion.pretrained import load_model
 from pipelines import TextToImage
-from tests.train.tiny import make_pictures, make_vae, run_here, tiny_recipe, weights
-from train.data.folder import normal, randomness
-from train.loop import make_phase, read_data
+from tests.train.tiny import make_pictures, make_vae, open_phase, run_here, tiny_recipe, weights
+from train.randomness import normal, randomness
 
 BATCH = 8
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
@@ -47,8 +46,8 @@ def make(data, vae, tmp_path_factory):
     def make(phase="diffusion", **changes):
         kind = {} if phase == "diffusion" else {"phase": phase}
         recipe = tiny_recipe(tmp_path_factory.mktemp("out"), data, vae, **{"batch_size": BATCH, **kind, **changes})
-        stream = read_data(recipe, report=False)
-        return make_phase(recipe, stream, torch.device("cpu")), [stream[n] for n in range(BATCH)]
+        stream, phase = open_phase(recipe)
+        return phase, [stream[n] for n in range(BATCH)]
 
     return make
 

@@ -10,12 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.recompute import recompute
 from tests.small_pipeline import small_pipeline
-from tests.train.tiny import make_pictures, make_vae, rows, run_here, tiny_recipe
+from tests.train.tiny import make_pictures, make_vae, open_phase, rows, run_here, tiny_recipe
 from train import __main__ as command
 from train import plan as planning
 from train.config import Recipe
 from train.devices import DEVICES, device_here, find_device, mfu
-from train.loop import make_phase, read_data
 from train.optimizer import make_optimizer, parameter_groups
 from train.plan import compare, plan, state_bytes, step_seconds
 from train.rehearsal import Rehearsal, rehearse
@@ -55,8 +54,7 @@ def tuned(places, tmp_path):
 
 def real_step(recipe: Recipe):
     """The phase's own loss and its backward, as the loop calls it."""
-    samples = read_data(recipe, report=False)
-    phase = make_phase(recipe, samples, CPU)
+    samples, phase = open_phase(recipe)
     if recipe.gradient_checkpointing:
         recompute(phase.module)
     batch = [samples[n] for n in range(BATCH)]

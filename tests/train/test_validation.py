@@ -16,10 +16,10 @@ from torch import nn
 from diffusion.errors import GazeError
 from pipelines.images import to_pil
 from tests.train.tiny import tiny_recipe
-from train.data.folder import randomness
 from train.ema import EMA
 from train.metrics import Metrics
 from train.processes import Processes
+from train.randomness import randomness
 from train.validation import check_held_out, evaluating, held_out_losses, shared, validate
 
 

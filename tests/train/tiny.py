@@ -83,6 +83,16 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return {**values, **changes, **both}
 
 
+def open_phase(recipe: Recipe) -> tuple[Any, Any]:
+    """The stream and the phase of a run, in one process."""
+    from train.data.open import open_source
+    from train.processes import Processes
+    from train.run import make_phase, open_stream
+
+    data = open_stream(recipe, open_source(recipe))
+    return data, make_phase(recipe, data, Processes())
+
+
 def run_here(recipe: Recipe) -> Path:
     """Trains in this process, on one thread, as often as one likes: Accelerate allows one precision per process."""
     import torch

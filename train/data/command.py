@@ -1,0 +1,118 @@
+"""`python -m train data ...`: building, packing, checking and describing captioned pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from diffusion.errors import GazeError, nearest
+
+USAGE = """\
+python -m train data emoji OUT [--size 64]                   build the emoji data
+python -m train data pack SOURCE OUT [--shard-size 10000]    tar shards of the pictures that decode
+python -m train data check SOURCE                            verify all of it, name what is wrong
+python -m train data stats SOURCE [--json]                   sizes, shapes, captions, duplicates
+
+SOURCE is a folder of pictures, a folder or URL of shards, a parquet file or a folder of them, or a folder that the
+`datasets` library saved. --help after each shows its options; docs/data.md tells more."""
+
+
+def main(words: list[str]) -> int:
+    """Exit codes: 0 done and sound, 1 bad input, or `check` has found something."""
+    commands = {"emoji": _emoji, "pack": _pack, "check": _check, "stats": _stats}
+    if {"-h", "--help"} & set(words[:1]):
+        print(USAGE)
+        return 0
+    if not words or words[0] not in commands:
+        raise GazeError("python -m train data needs one of its commands", nearest(" ".join(words[:1]), commands))
+    return commands[words[0]](words[1:])
+
+
+def _emoji(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train data emoji")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
+    arguments = parser.parse_args(words)
+    from .emoji import build_emoji
+
+    for key, value in build_emoji(arguments.out, arguments.size).items():
+        print(f"{key}: {value}")
+    return 0
+
+
+def _pack(words: list[str]) -> int:
+    parser = _parser("pack")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--shard-size", type=int, default=10_000, help="pictures in a shard")
+    arguments = parser.parse_args(words)
+    from .pack import pack
+
+    with _opened(arguments) as place:
+        manifest, skipped = pack(place, arguments.out, arguments.shard_size, arguments.workers)
+    pictures = sum(shard.pictures for shard in manifest.shards)
+    print(f"{pictures} pictures in {len(manifest.shards)} shards in {arguments.out}")
+    if skipped:
+        print(f"{len(skipped)} are left out, see {arguments.out / 'skipped.txt'}", file=sys.stderr)
+    return 0
+
+
+def _check(words: list[str]) -> int:
+    arguments = _parser("check").parse_args(words)
+    from .check import check
+
+    count = 0
+    with _opened(arguments) as place:
+        for problem in check(place, arguments.workers):
+            print(problem)
+            count += 1
+        print(f"{len(place)} pictures, {count or 'no'} problem{'' if count == 1 else 's'}", file=sys.stderr)
+    return int(count > 0)
+
+
+def _stats(words: list[str]) -> int:
+    parser = _parser("stats")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    arguments = parser.parse_args(words)
+    from .look import look
+    from .shards import Shards
+    from .stats import stats
+
+    with _opened(arguments) as place:
+        source, skipped = (place, []) if isinstance(place, Shards) else look(place, arguments.workers)
+        if not len(source):
+            raise GazeError(f"{arguments.source} holds no picture that decodes", "python -m train data check")
+        figures: dict[str, Any] = {**stats(source), "left out": len(skipped)}
+    if arguments.json:
+        print(json.dumps(figures))
+        return 0
+    for name, value in figures.items():
+        print(f"{name}: {json.dumps(value, ensure_ascii=False)}")
+    return 0
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m train data {command}")
+    parser.add_argument("source", help="folder, shards, parquet file or folder of them, or saved data set")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: all cores)")
+    parser.add_argument("--image-column", default="image", help="of a table or data set")
+    parser.add_argument("--text-column", default="text")
+    parser.add_argument("--split", default="train", help="of a data set")
+    return parser
+
+
+@contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[Any]:
+    """The place that the command line names. What is fetched from a URL is kept for as long as the command runs."""
+    from ..config import Data
+    from .open import data_at, open_place
+
+    options = {name: getattr(arguments, name) for name in ("image_column", "text_column", "split")}
+    with tempfile.TemporaryDirectory() as cache:
+        yield open_place(Data.model_validate({**options, **data_at(arguments.source)}), Path(cache))
