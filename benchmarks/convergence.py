@@ -28,7 +28,7 @@ from torch import Tensor
 from diffusion.foreign import Foreign
 from diffusion.noise import NoiseSchedule, flow_sigma
 from diffusion.samplers import PictureNoise, Sampler
-from diffusion.schedulers import FLOWS, TABLE, prepare
+from diffusion.schedulers import EDMS, FLOWS, TABLE, prepare
 
 STEPS = (10, 20, 40, 80, 160, 320)
 COARSE, FINE = 40, 160  # between which the order is measured
@@ -42,26 +42,32 @@ FLOW_TIMESTEPS = 256 * STEPS[-1] + 1
 
 
 class Case(NamedTuple):
-    """A scheduler's name, as `prepare` takes it, and what it stands for."""
+    """A scheduler's name, as `prepare` takes it, what it stands for, and the model it is measured on."""
 
     scheduler: str
     method: Sampler | Foreign
-    flow: bool
+    levels: Callable[[], NoiseSchedule]
+
+    @property
+    def flow(self) -> bool:
+        return self.levels is flow_levels
 
 
 def cases() -> dict[str, Case]:
-    """Every deterministic scheduler: of models with a table of levels and of flow-matching models, ours first."""
+    """Every deterministic scheduler: of models with a table of levels and of flow-matching models, ours first; and
+    diffusers' for EDM's scalings, where ours do what they do with a table."""
     found = {}
-    for kind in (TABLE, FLOWS):
-        for name, method in {**kind.samplers, **dict(sorted(kind.foreign.items()))}.items():
+    for samplers, foreign, model in (
+        (TABLE.samplers, TABLE.foreign, levels),
+        (FLOWS.samplers, FLOWS.foreign, flow_levels),
+        ({}, EDMS.foreign, edm_levels),
+    ):
+        for name, method in {**samplers, **dict(sorted(foreign.items()))}.items():
             # What has an order of its own only where its noise is off.
             written = f"{name}:eta=0" if name == "dpmpp_3m_sde" else name
             if written != name or not method.stochastic:
-                found[written + " (flow)" * (kind is FLOWS)] = Case(written, method, kind is FLOWS)
+                found[written + " (flow)" * (model is flow_levels)] = Case(written, method, model)
     return found
-
-
-METHODS = cases()
 
 
 def denoise(x: Tensor, sigma: float) -> Tensor:
@@ -122,9 +128,24 @@ def flow_levels() -> NoiseSchedule:
     return NoiseSchedule.from_config(config)
 
 
+@cache
+def edm_levels() -> NoiseSchedule:
+    """Those of a model with EDM's scalings, even in log sigma from LAST to FIRST."""
+    config = {
+        "_class_name": "EDMEulerScheduler",
+        "sigma_schedule": "exponential",
+        "sigma_min": LAST,
+        "sigma_max": FIRST,
+    }
+    return NoiseSchedule.from_config(config)
+
+
+METHODS = cases()
+
+
 def errors(case: Case, steps: tuple[int, ...] = STEPS) -> list[float]:
     """The largest error of the pixels, for each number of steps."""
-    schedule, exact = (flow_levels(), right_flow()) if case.flow else (levels(), right_path())
+    schedule, exact = case.levels(), right_flow() if case.flow else right_path()
     noise = PictureNoise([torch.Generator()], STARTS_P.shape)
     found = []
     for count in steps:
