@@ -2,9 +2,10 @@
 
     python benchmarks/step_times.py OUT.json PROGRAM [its arguments]
 
-PROGRAM: a script, or a module as after `python -m`. OUT.json: {"ends": seconds, "parts": {name: seconds of each step}}.
-Parts: forward (of the module that is called from outside any other), backward, optimizer, clip, ema (ours). On a CPU
-every call has ended when it returns.
+PROGRAM: a script, or a module as after `python -m`. OUT.json holds lists, an item per step: "ends", seconds of the
+clock; "cpu", seconds of all threads together; "parts", with --parts before PROGRAM, seconds by what they went into:
+forward (of modules called from outside any other), backward, optimizer, clip, ema (ours). CPU only: a call that has
+returned has ended.
 """
 
 import atexit
@@ -23,6 +24,7 @@ from torch.nn.modules import module
 from torch.optim import optimizer
 
 ends: list[float] = []
+cpu: list[float] = []
 spent: dict[str, float] = {}
 parts: list[dict[str, float]] = []
 
@@ -58,6 +60,7 @@ def watch_forward() -> None:
 def step_ended(stepped: Any, *_: Any) -> None:
     spent["optimizer"] = time.perf_counter() - begun[0]
     ends.append(time.perf_counter())
+    cpu.append(time.process_time())
     parts.append(dict(spent))
     spent.clear()
 
@@ -74,7 +77,7 @@ def main() -> None:
         timed(EMA, "update", "ema")
     optimizer.register_optimizer_step_pre_hook(lambda *_: begun.__setitem__(0, time.perf_counter()))
     optimizer.register_optimizer_step_post_hook(step_ended)
-    atexit.register(lambda: Path(out).write_text(json.dumps({"ends": ends, "parts": parts})))
+    atexit.register(lambda: Path(out).write_text(json.dumps({"ends": ends, "cpu": cpu, "parts": parts})))
     sys.argv = [program, *arguments]
     if program.endswith(".py"):
         sys.path[0] = str(Path(program).parent)

@@ -11,8 +11,9 @@ Each run is a process of its own; sides take turns (A B C A B C ...), and a rati
 U-Net from the same fresh weights, the same autoencoder and text encoder, both frozen, drawn pictures, AdamW with the
 same rate, betas, eps, decay and clip, an average of the weights, one process on the CPU. Pictures per second are over
 the steps after the first WARM: from the end of one optimizer step to the end of another, start and end of the run left
-out. What is cached is computed before the first step and not counted. Differences that remain: we do not decay biases
-and norms, the averages' lengths differ, diffusers draws its noise from one generator and writes to TensorBoard.
+out. CPU seconds stand beside those of the clock: other programs on the machine disturb them less. What is cached is
+computed before the first step and not counted. Differences that remain: we do not decay biases and norms, the averages'
+lengths differ, diffusers draws its noise from one generator and writes to TensorBoard.
 """
 
 import argparse
@@ -144,27 +145,30 @@ class Bench:
         shutil.rmtree(out)
         return result
 
-    def speed(self, times: dict) -> float:
-        """Pictures per second over the steady steps."""
-        ends = times["ends"]
-        return self.arguments.batch * (len(ends) - 1 - WARM) / (ends[-1] - ends[WARM])
+    def speed(self, times: dict, clock: str) -> float:
+        """Pictures per second over the steady steps. clock: "ends" of the wall, "cpu" of all threads together."""
+        seconds = times[clock]
+        return self.arguments.batch * (len(seconds) - 1 - WARM) / (seconds[-1] - seconds[WARM])
 
 
 def compare(bench: Bench, runs: dict[str, Run], ratios: list[tuple[str, str, str]]) -> None:
     """ratios: (what, the side above, the side below)."""
-    speeds: dict[str, list[float]] = {name: [] for name in runs}
+    speeds: dict[tuple[str, str], list[float]] = {(name, clock): [] for name in runs for clock in ("ends", "cpu")}
     for number in range(bench.arguments.rounds):
         for name, run in runs.items():
-            speeds[name].append(bench.speed(run()))
-        print(f"round {number + 1}: " + ", ".join(f"{name} {speeds[name][-1]:.2f}/s" for name in runs), file=sys.stderr)
-    for name, values in speeds.items():
-        print(f"{name:34} {np.median(values):8.2f} pictures/s  (median of {len(values)})")
+            times = run()
+            for clock in ("ends", "cpu"):
+                speeds[name, clock].append(bench.speed(times, clock))
+        said = ", ".join(f"{name} {speeds[name, 'ends'][-1]:.2f}/s" for name in runs)
+        print(f"round {number + 1}: {said}", file=sys.stderr)
+    for name in runs:
+        print(f"{name:52} {np.median(speeds[name, 'ends']):8.2f} pictures/s")
     for what, above, below in ratios:
-        each = np.divide(speeds[above], speeds[below])
-        low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
-        print(
-            f"{what:60} {middle:5.2f} x  (quartiles {low:.2f} to {high:.2f}, all {each.min():.2f} to {each.max():.2f})"
-        )
+        for clock, unit in (("ends", ""), ("cpu", ", per CPU second of a process")):
+            each = np.divide(speeds[above, clock], speeds[below, clock])
+            low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
+            spread = f"quartiles {low:.2f} to {high:.2f}, all {each.min():.2f} to {each.max():.2f}"
+            print(f"{what:52} {middle:8.2f} x ({spread}){unit}")
 
 
 def peer(bench: Bench) -> None:

@@ -82,8 +82,8 @@ def deaths(folder: Path) -> str:
             failures += None in codes or sound(to) < 2
             place += 1
         places += place - 1
-    return (f"R2  ended at {places} writes, flushes, renames, removals (of 1, of either of 2 processes): {failures} fail;"
-            f" the other process ended within {slowest:.1f} s")  # fmt: skip
+    return (f"R2  ended at {places} writes, flushes, renames, removals (1 process, either of 2): {failures} bad; "
+            f"the other process ended within {slowest:.1f} s")  # fmt: skip
 
 
 @contextmanager
