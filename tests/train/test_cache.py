@@ -1,6 +1,7 @@
 """Latents and text states from the disk: the same bits as encoded anew, never stale, made again where damaged."""
 
 import io
+import json
 import os
 import shutil
 import threading
@@ -20,7 +21,8 @@ from tests.train.sources import Pictures, recipe_of
 from tests.train.tiny import AUTOENCODER, make_pictures, make_vae, newest_files, run_here, tiny_recipe
 from train import store
 from train.cache import Latents, TextStates
-from train.data.folder import Entry, Folder
+from train.data.folder import Folder
+from train.data.look import look
 from train.data.stream import Stream
 from train.processes import Processes
 from train.store import Store, as_keys, key_of
@@ -147,16 +149,18 @@ def test_an_edited_picture_never_gives_stale_latents(tmp_path):
     folder.mkdir()
     for index in range(count):
         (folder / f"{index}.bmp").write_bytes(bmp(index))
-    entries = [Entry(folder / f"{index}.bmp", ("",)) for index in range(count)]
+    lines = (json.dumps({"file_name": f"{index}.bmp", "text": ""}) for index in range(count))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
     small = {"block_out_channels": [4], "norm_num_groups": 2, "mid_block_add_attention": False}
     options = {"size": 2, "model": Autoencoder.from_config(small).eval().requires_grad_(False)}
-    latents(tmp_path / "cache", Folder(entries), **options)
-    for index, entry in enumerate(entries):
-        times = entry.file.stat()
+    latents(tmp_path / "cache", look(Folder(folder), 0, Processes())[0], **options)
+    for index in range(count):
+        file = folder / f"{index}.bmp"
+        times = file.stat()
         edits = bmp(count + index), bmp(index) + b"x", bmp((index + 7) % count)
-        entry.file.write_bytes(edits[index % 3])
-        os.utime(entry.file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    edited = Folder(entries)
+        file.write_bytes(edits[index % 3])
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    edited = look(Folder(folder), 0, Processes())[0]
     found, anew = (latents(tmp_path / "cache", edited, flag, **options) for flag in (True, False))
     drawn, expected = ([one.draw([one.stream[n]]) for n in range(count)] for one in (found, anew))
     assert {found.stream[n].index for n in range(count)} == set(range(count))
