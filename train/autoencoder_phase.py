@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffusion.autoencoder import Autoencoder
 from diffusion.files import replacing
 
-from .cache import check_sizes
+from .cache import check_size
 from .config import Recipe
 from .data.stream import Sample, Stream, stack
 from .processes import Processes
@@ -42,7 +42,7 @@ class AutoencoderPhase:
     def __init__(self, recipe: Recipe, data: Stream, processes: Processes):
         self.recipe, self.data, self.device = recipe, data, processes.device
         self.autoencoder = Autoencoder.from_config(recipe.model.autoencoder)
-        check_sizes(recipe.data, data, self.autoencoder.factor)
+        check_size(recipe.data, self.autoencoder.factor)
         self.module = _Reconstruct(self.autoencoder).to(self.device)
 
     def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:

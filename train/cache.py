@@ -42,13 +42,13 @@ class Latents:
     """The latents of the stream's pictures under a frozen autoencoder.
 
     With data.cache_latents those of every picture of the source are in a store after construction, for which all
-    processes must be here together. GazeError: see `check_sizes` and `Store.fill`.
+    processes must be here together. GazeError: see `check_size` and `Store.fill`.
     """
 
     def __init__(self, recipe: Recipe, stream: Stream, processes: Processes, autoencoder: Autoencoder):
         self.seed, self.stream, self.device = recipe.seed, stream, processes.device
         self.autoencoder, self.few = autoencoder.to(self.device), _at_once(self.device)
-        check_sizes(recipe.data, stream, autoencoder.factor)
+        check_size(recipe.data, autoencoder.factor)
         self.store: Store | None = None
         if recipe.data.cache_latents:
             options = json.dumps(autoencoder.config.to_diffusers(), sort_keys=True)
@@ -87,7 +87,9 @@ class Latents:
         used = np.array([index for index in range(len(source)) if source[index].repeats], np.int64)
         pictures = _Pictures(self.stream, used, sides)
         keys = as_keys(
-            _picture_key(source[index].key, self.stream.size_of(index), flipped) for index in used for flipped in sides
+            _picture_key(source[index].key, self.stream.size_of(index), flipped)
+            for index in map(int, used)
+            for flipped in sides
         )
 
         def make(numbers: Sequence[int]) -> Iterator[Item]:
@@ -103,10 +105,10 @@ class Latents:
         store.fill(keys, make, "pictures", lambda number: pictures.place(number)[1])
 
 
-def check_sizes(data: Data, stream: Stream, factor: int) -> None:
-    """Raises GazeError when a sample's side does not divide by the autoencoder's factor."""
+def check_size(data: Data, factor: int) -> None:
+    """Raises GazeError when a sample's sides may not divide by the autoencoder's factor."""
     option, value = ("bucket_step", data.bucket_step) if data.bucket_step else ("size", data.size)
-    if any(side % factor for size in stream.sizes for side in size):
+    if value % factor:
         raise GazeError(
             f"data.{option} {value} does not divide by {factor}, the autoencoder's factor",
             f"data.{option}={-(-value // factor) * factor}",
