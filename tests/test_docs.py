@@ -24,7 +24,7 @@ BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.M | re.S)
 OPENING = "from pipelines import TextToImage\npipe = TextToImage.from_pretrained()\n"  # where a page goes on from it
 # Not run: what measures or scores for minutes, what needs a finished training run, and what the page itself warns of.
 SLOW = ("gaze evaluate", "gaze benchmark")
-TRAINED = "--model runs/"
+TRAINED = re.compile("--(model|lora) runs/")
 UNSAFE = "torch.load"
 
 
@@ -39,7 +39,9 @@ def blocks(language):
 def commands(content):
     """The lines that are commands of ours, those continued by a backslash joined."""
     lines = (line.strip() for line in content.replace("\\\n", " ").splitlines())
-    return [line for line in lines if line.startswith("gaze ") and not line.startswith(SLOW) and TRAINED not in line]
+    return [
+        line for line in lines if line.startswith("gaze ") and not line.startswith(SLOW) and not TRAINED.search(line)
+    ]
 
 
 BASH = [block for block in blocks("bash") if commands(block.values[0])]
