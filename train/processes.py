@@ -32,9 +32,7 @@ class Processes(NamedTuple):
         padded = torch.nn.functional.pad(text, (0, longest - len(text)))
         texts = [torch.empty_like(padded) for _ in range(self.count)]
         dist.all_gather(texts, padded)
-        return [
-            json.loads(bytes(text[: int(size)].cpu().numpy())) for text, size in zip(texts, sizes, strict=True)
-        ]
+        return [json.loads(bytes(text[: int(size)].cpu().numpy())) for text, size in zip(texts, sizes, strict=True)]
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""

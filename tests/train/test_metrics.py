@@ -76,9 +76,9 @@ def test_a_lap_costs_nothing_that_counts():
 
 def test_peak_memory_is_of_this_process():
     before = peak_memory(torch.device("cpu"))
-    held = torch.ones(80_000_000)  # 320 MB
-    assert peak_memory(torch.device("cpu")) - before > 2e8 or before > 1e9
-    assert len(held) == 80_000_000
+    held = torch.ones(before // 4 + 80_000_000)  # 320 MB more than ever
+    assert peak_memory(torch.device("cpu")) - before > 2e8
+    assert len(held) > 80_000_000
 
 
 def test_a_line_that_cannot_be_written_is_a_warning(tmp_path):

@@ -10,9 +10,9 @@ from scipy.integrate import quad
 from torch import nn
 
 from diffusion.errors import GazeError
-from tests.train.tiny import make_pictures, make_vae, newest_files, run_here, tiny_recipe, weights
+from tests.train.tiny import make_pictures, make_vae, newest_files, run_here, run_one_step, tiny_recipe, weights
 from train import __main__ as command
-from train.loop import export_newest
+from train.run import export
 from train.snapshots import PowerAverages, Profile, exponent, fit, product, reconstruct
 
 BATCH, STEPS, EVERY = 10, 640, 40
@@ -147,22 +147,13 @@ def test_no_snapshots_broken_ones_and_those_of_two_runs(tmp_path):
 # In a run
 
 
-def test_a_run_stores_them_resumes_them_and_exports_any_width(tmp_path, monkeypatch):
-    from train import loop
-
-    class Impatient(loop.StopSignal):
-        def anywhere(self):
-            return True
-
+def test_a_run_stores_them_resumes_them_and_exports_any_width(tmp_path):
     data, vae = make_pictures(tmp_path / "pictures"), make_vae(tmp_path / "vae")
     options = {"ema": {"snapshots_every": 16, "widths": (0.06, 0.12)}, "checkpoint_every": 80}
     straight = tiny_recipe(tmp_path / "straight", data, vae, **options)
     run_here(straight)
     stopped = tiny_recipe(tmp_path / "stopped", data, vae, **options)
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "StopSignal", Impatient)
-        with pytest.raises(loop.Stopped):
-            run_here(stopped)
+    run_one_step(stopped)
     run_here(stopped)
     assert newest_files(straight.out) == newest_files(stopped.out)
     assert "powers.safetensors" in newest_files(straight.out)
@@ -176,7 +167,7 @@ def test_a_run_stores_them_resumes_them_and_exports_any_width(tmp_path, monkeypa
 
     unet = straight.out / "model/unet/diffusion_pytorch_model.safetensors"
     before = load_file(unet)
-    export_newest(straight, 0.12)
+    export(straight, 0.12)
     after, powers = load_file(unet), weights(straight.out, "powers")
     for name, value in after.items():
         torch.testing.assert_close(value, powers[f"0.12/unet.{name}"], rtol=1e-3, atol=1e-6)

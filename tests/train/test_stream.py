@@ -248,7 +248,7 @@ def test_held_out_pictures_are_shown_as_they_are():
     for sample in samples:
         scale = max(sample.size[0] / sample.original[0], sample.size[1] / sample.original[1])
         for side in (0, 1):
-            assert sample.crop[side] == pytest.approx((sample.original[side] * scale - sample.size[side]) / 2, abs=0.51)
+            assert sample.crop[side] == pytest.approx((sample.original[side] * scale - sample.size[side]) / 2, abs=1)
     assert len({sample.size for sample in samples}) > 1
 
 

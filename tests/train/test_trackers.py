@@ -177,7 +177,7 @@ def test_a_run_feeds_its_trackers_and_changes_no_bit(tmp_path):
     for names in ((), ("tensorboard",)):
         recipe = tiny_recipe(tmp_path / f"run{len(names)}", pictures, vae, pictures=16, trackers=names)
         run_here(recipe)
-        found.append(newest_files(recipe.out)["model.safetensors"])
+        found.append(newest_files(recipe.out)["model-00000.safetensors"])
     assert found[0] == found[1]
     assert list((recipe.out / "trackers" / "gaze").glob("events*"))
     row = json.loads((recipe.out / "metrics.jsonl").read_text())

@@ -110,6 +110,25 @@ def run_here(recipe: Recipe) -> Path:
         torch.set_num_threads(threads)
 
 
+def run_one_step(recipe: Recipe) -> int:
+    """Trains until a signal would end it, which has come before the first step. Returns the pictures seen."""
+    from unittest import mock
+
+    from train import loop
+
+    class Impatient(loop.StopSignal):
+        def __init__(self) -> None:
+            super().__init__()
+            self.received = True
+
+    with mock.patch.object(loop, "StopSignal", Impatient):
+        try:
+            run_here(recipe)
+        except loop.Stopped as stopped:
+            return stopped.args[0]
+    raise AssertionError("the run was not stopped")
+
+
 def start(recipe: Recipe, **environment: str) -> Any:
     """Trains in a process of its own; exit codes as `python -m train`'s."""
     process = PROCESSES.Process(target=_main, args=(recipe.model_dump(mode="json"), environment))
