@@ -50,7 +50,7 @@ def attach(networks: Mapping[str, nn.Module], chosen: Iterable[str], lora: Lora)
         own = [name.removeprefix(f"{part}.") for name in chosen if name.startswith(f"{part}.")]
         if own:
             alpha = lora.rank if lora.alpha is None else lora.alpha
-            inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=own), network)  # type: ignore[arg-type]
+            inject_adapter_in_model(LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=own), network)
 
 
 def save(networks: Mapping[str, nn.Module], lora: Lora, folder: Path, dtype: torch.dtype) -> None:

@@ -13,7 +13,7 @@ class Processes(NamedTuple):
     """rank: of this process, from 0; count: of all. Every method must be called by all processes, in the same order."""
 
     rank: int = 0
-    count: int = 1
+    count: int = 1  # type: ignore[assignment]  # a tuple has a method of that name
     device: torch.device = torch.device("cpu")  # where the backend's messages lie: NCCL knows no CPU
 
     @property

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, op
 from .processes import Processes
 from .signals import shield
 from .snapshots import PowerAverages, reconstruct
-from .validation import check_held_out
+from .validation import Samples
 
 
 class Phase(Protocol):
@@ -78,7 +78,7 @@ class Run:
     checkpoints: Checkpoints
     state: dict[str, Any]  # of every checkpoint: what it belongs to
     batches: Iterator[list[Sample]] = field(default_factory=lambda: iter(()))
-    held_out: Sequence[Sample] = ()  # pictures that are never trained on
+    held_out: Samples = ()  # pictures that are never trained on
     seen: int = 0
 
     @property
@@ -99,7 +99,7 @@ class Run:
 
     def save(self, last: bool) -> None:
         """Writes a checkpoint. last: that it fails is an error at once, for no later one would make it good."""
-        names = {value: name for name, value in self.parameters.items()}
+        names: dict[Tensor, str] = {value: name for name, value in self.parameters.items()}
         tensors = {"model": trained(self.phase.module), "ema": self.averages.state_dict()}
         tensors["optimizer"] = optimizer_tensors(self.optimizer, names)
         if self.recipe.ema.snapshots_every:
@@ -130,11 +130,10 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     if processes.first:
         (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     if recipe.compile:
-        run.module = torch.compile(module)
+        run.module = cast(nn.Module, torch.compile(module))
     run.batches = load(recipe, data, run.seen, processes)
     if recipe.validation.every and recipe.data.held_out:
         run.held_out = open_stream(recipe, source, "held_out")
-        check_held_out(recipe, run.held_out)
     return run
 
 

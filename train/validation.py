@@ -18,7 +18,6 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion.errors import GazeError
 from diffusion.files import replacing_file
 from pipelines.images import to_pil
 from pipelines.sheet import grid
@@ -29,6 +28,14 @@ from .metrics import Metrics
 from .processes import Processes
 
 COLUMNS = 8  # pictures beside each other in a grid
+
+
+class Samples(Protocol):
+    """Samples by position."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int) -> Any: ...
 
 
 class Watched(Protocol):
@@ -51,17 +58,10 @@ class Watched(Protocol):
         """The shown pictures of these numbers, BCHW in [-1, 1]."""
 
 
-def check_held_out(recipe: Recipe, held_out: Sequence[Any]) -> None:
-    """Raises GazeError when a held-out loss is asked for and no picture is there for it."""
-    if recipe.validation.every and recipe.data.held_out and not len(held_out):
-        raise GazeError(f"data.held_out={recipe.data.held_out} leaves no picture for the held-out loss",
-                        "a larger share, or 0 to train on every picture")  # fmt: skip
-
-
 def validate(
     recipe: Recipe,
     phase: Watched,
-    held_out: Sequence[Any],
+    held_out: Samples,
     ema: EMA,
     processes: Processes,
     metrics: Metrics,
@@ -92,7 +92,7 @@ def validate(
 
 
 def held_out_losses(
-    recipe: Recipe, phase: Watched, held_out: Sequence[Any], processes: Processes, stopping: Callable[[], bool]
+    recipe: Recipe, phase: Watched, held_out: Samples, processes: Processes, stopping: Callable[[], bool]
 ) -> dict[str, float]:
     """`held_out_loss`, and for the diffusion phase `held_out_loss/K` for each bin of noise level, 1 the least noise.
 

@@ -178,8 +178,8 @@ def test_a_run_of_a_part_goes_on_to_the_bit_and_not_beside_another_base(bases, d
     run_here(stopped)
     place.unlink()
     other.save_pretrained(place)
-    with pytest.raises(GazeError, match="another recipe, other data"):
-        run_here(stopped.model_copy(update={"pictures": 24}))
+    with pytest.raises(GazeError, match="over other data, another tokenizer"):
+        run_here(stopped)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

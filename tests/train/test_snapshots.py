@@ -147,7 +147,7 @@ def test_no_snapshots_broken_ones_and_those_of_two_runs(tmp_path):
 # In a run
 
 
-def test_a_run_stores_them_resumes_them_and_exports_any_width(tmp_path):
+def test_a_run_stores_them_resumes_them_and_exports_any_width(tmp_path, monkeypatch):
     data, vae = make_pictures(tmp_path / "pictures"), make_vae(tmp_path / "vae")
     options = {"ema": {"snapshots_every": 16, "widths": (0.06, 0.12)}, "checkpoint_every": 80}
     straight = tiny_recipe(tmp_path / "straight", data, vae, **options)
@@ -156,7 +156,7 @@ def test_a_run_stores_them_resumes_them_and_exports_any_width(tmp_path):
     run_one_step(stopped)
     run_here(stopped)
     assert newest_files(straight.out) == newest_files(stopped.out)
-    assert "powers.safetensors" in newest_files(straight.out)
+    assert "powers-00000.safetensors" in newest_files(straight.out)
     folder = straight.out / "snapshots"
     assert [int(path.stem) for path in sorted(folder.iterdir())] == [16, 32, 48, 64, 80]
     for path in folder.iterdir():
@@ -182,4 +182,4 @@ def test_without_snapshots_nothing_is_kept(tmp_path):
     recipe = tiny_recipe(tmp_path / "run", make_pictures(tmp_path / "pictures"), make_vae(tmp_path / "vae"), pictures=8)
     run_here(recipe)
     assert not (recipe.out / "snapshots").exists()
-    assert "powers.safetensors" not in newest_files(recipe.out)
+    assert "powers-00000.safetensors" not in newest_files(recipe.out)

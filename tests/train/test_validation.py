@@ -13,14 +13,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffusion.errors import GazeError
 from pipelines.images import to_pil
 from tests.train.tiny import tiny_recipe
 from train.ema import EMA
 from train.metrics import Metrics
 from train.processes import Processes
 from train.randomness import randomness
-from train.validation import check_held_out, evaluating, held_out_losses, shared, validate
+from train.validation import evaluating, held_out_losses, shared, validate
 
 
 class Sample(NamedTuple):
@@ -143,13 +142,6 @@ def test_any_number_of_processes_finds_the_same_bits_with_equally_many_calls(rec
     )
     assert found == [alone(recipe())] * count
     assert {phase.calls for phase in phases} == {-(-7 // count)}
-
-
-def test_no_held_out_picture_is_said_before_training(recipe):
-    with pytest.raises(GazeError, match="leaves no picture"):
-        check_held_out(recipe(), [])
-    check_held_out(recipe(), HELD_OUT)
-    check_held_out(recipe(every=0), [])
 
 
 # Leaving early
