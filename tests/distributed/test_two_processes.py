@@ -24,6 +24,7 @@ from tests.train.tiny import (
     tiny_recipe,
     weights,
 )
+from train.company import EXIT_CODE
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,7 +117,7 @@ def test_one_that_dies_does_not_leave_the_other_waiting(tmp_path, data, vae):
         time.sleep(0.02)
     processes[1].kill()
     codes = finish(processes, 15)
-    assert codes[0] not in (None, 0)
+    assert codes[0] == EXIT_CODE
 
 
 def test_the_command_under_accelerate(tmp_path, data, vae):
