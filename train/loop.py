@@ -24,6 +24,7 @@ from .launch import make_accelerator, processes_of
 from .metrics import Metrics
 from .precision import skips
 from .run import Run, export, prepare
+from .sample_log import begin_logs, log_samples
 from .sharding import gathered, whole
 from .signals import StopSignal
 from .trackers import check_trackers, open_trackers
@@ -53,7 +54,7 @@ def train(recipe: Recipe) -> Path:
     processes = processes_of(accelerator)
     with Company(processes) as company:
         run = prepare(recipe, accelerator, processes)
-        loss_sum, steps = torch.zeros((), device=accelerator.device), 0
+        loss_sum, dropped, steps = torch.zeros((), device=accelerator.device), 0.0, 0
         with open_metrics(run) as metrics, StopSignal() as stop:
             lap = metrics.watch.lap
             while run.seen < recipe.pictures:
@@ -71,16 +72,26 @@ def train(recipe: Recipe) -> Path:
                 lap("optimizer")
                 before, run.seen = run.seen, run.seen + recipe.batch_size
                 run.average()
+                seen_now = [sample for samples, _ in losses for sample in samples]
+                dropped += sum(sample.dropped for sample in seen_now) / len(seen_now)
+                if recipe.log_samples:
+                    log_samples(recipe.out, run.seen, processes.rank, seen_now)
                 metrics.advance(run.seen)
                 loss_sum, steps = loss_sum + loss, steps + 1
 
                 due = partial(is_due, before, run.seen, recipe.pictures)
                 if due(recipe.log_every):
                     mean, distance = processes.mean(loss_sum / steps), run.averages.distance()
+                    share = processes.mean(torch.tensor(dropped / steps))
                     metrics.log(
-                        run.seen, loss=mean, learning_rate=rate, gradient_norm=float(norm), ema_distance=distance
+                        run.seen,
+                        loss=mean,
+                        learning_rate=rate,
+                        gradient_norm=float(norm),
+                        ema_distance=distance,
+                        captions_dropped=share,
                     )
-                    loss_sum, steps = torch.zeros_like(loss_sum), 0
+                    loss_sum, dropped, steps = torch.zeros_like(loss_sum), 0.0, 0
                 if due(recipe.ema.snapshots_every):
                     run.powers.store(recipe.out / "snapshots", run.seen, run.state["identity"], processes.first)
                 lap("trainer")
@@ -106,6 +117,7 @@ def open_metrics(run: Run) -> Metrics:
     """The log of the run, with the trackers that the recipe asks for."""
     recipe, processes = run.recipe, run.processes
     note_start(recipe.out, run.seen, processes)
+    begin_logs(recipe.out, run.seen, processes)
     trackers = open_trackers(recipe, run.seen) if processes.first else []
     log, device = recipe.out / "metrics.jsonl", processes.device
     return Metrics(log, run.seen, recipe.pictures, processes.first, device=device, trackers=trackers)

@@ -66,7 +66,7 @@ class Metrics:
         self.bar: Progress | None = None
         if not active:
             return
-        _drop_after(path, start)
+        drop_after(path, start)
         console = Console(stderr=True)
         if console.is_terminal:
             columns = (BarColumn(16), TextColumn("{task.completed}/{task.total} pictures  {task.fields[note]}"))
@@ -145,7 +145,7 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-def _drop_after(path: Path, pictures: int) -> None:
+def drop_after(path: Path, pictures: int) -> None:
     """Removes lines past the checkpoint that a run resumes from, and a last line cut short."""
     if not path.is_file():
         return

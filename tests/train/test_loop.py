@@ -151,6 +151,23 @@ def test_validation_on_or_off_gives_the_same_bits(straight, diffusion):
     assert rows(recipe.out) == rows(straight)
 
 
+def test_the_log_of_samples_is_of_the_stream_and_outlives_a_stop(diffusion):
+    recipe = diffusion(log_samples=True, checkpoint_every=80)
+    run_one_step(recipe)
+    log = recipe.out / "samples-00000.jsonl"
+    with log.open("a") as file:
+        file.write('{"pictures": 16, "samples": []}\n{"pic')  # of a step that no checkpoint holds, and cut short
+    run_here(recipe)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["pictures"] for line in lines] == [*range(8, 81, 8)]
+    stream, _ = open_phase(recipe)
+    seen = [row for line in lines for row in line["samples"]]
+    assert seen == [[n, stream[n].index, stream[n].key] for n in range(80)]
+    dropped = [row["captions_dropped"] for row in rows(recipe.out)]  # the first row begins where the run went on
+    parts = [range(8, 16), *(range(n, n + 16) for n in range(16, 80, 16))]
+    assert dropped == pytest.approx([sum(stream[n].dropped for n in part) / len(part) for part in parts])
+
+
 def test_workers_give_the_same_bits(diffusion):
     found = []
     for workers in (0, 2):
