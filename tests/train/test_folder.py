@@ -155,7 +155,8 @@ def test_exactly_what_does_not_decode_is_left_out_and_listed(tmp_path):
     assert [f"{name}: {reason}" for name, reason in skipped] == listed
     for index, record in enumerate(source):
         content = source.read(index)
-        assert Image.open(tmp_path / "data" / record.name).size == (record.width, record.height)
+        with Image.open(tmp_path / "data" / record.name) as opened:
+            assert opened.size == (record.width, record.height)
         assert content == (tmp_path / "data" / record.name).read_bytes()
     assert source.blocks == [len(good)]
 
