@@ -29,7 +29,7 @@ def is_url(place: str) -> bool:
 
 def fetch_text(url: str) -> str:
     """A small file. Raises GazeError when it cannot be had."""
-    return _insist(url, lambda: _open(url).read().decode("utf-8"))
+    return _insist(url, lambda: _read(url).decode("utf-8"))
 
 
 def fetch(url: str, file: Path, size: int, sha256: str) -> Path:
@@ -49,6 +49,11 @@ def fetch(url: str, file: Path, size: int, sha256: str) -> Path:
             _make_room(file.parent, size)
             _insist(url, lambda: _download(url, file, size, sha256))
     return file
+
+
+def _read(url: str) -> bytes:
+    with _open(url) as file:
+        return file.read()
 
 
 def _open(url: str) -> Any:
