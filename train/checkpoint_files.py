@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from diffusion.errors import GazeError
 from diffusion.files import TYPES
@@ -50,7 +50,7 @@ def load(path: Path, own: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """The tensors, on the CPU, and the state of a verified checkpoint.
 
     The tensors are views of the mapped files, which take memory only once touched and may be removed during the run:
-    keep copies (`placed`). own: identity and recipe of this run. GazeError: the checkpoint is of another recipe.
+    keep copies. own: identity and recipe of this run. GazeError: the checkpoint is of another recipe.
     """
     manifest = _read_manifest(path)
     state = manifest["state"]
@@ -65,13 +65,6 @@ def load(path: Path, own: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     for name in manifest["files"]:
         tensors.setdefault(name.rpartition("-")[0], {}).update(load_file(path / name))
     return tensors, state
-
-
-def placed(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of a whole value on the device of `like`; where that is a DTensor, of the part that lies here."""
-    if isinstance(like, DTensor):
-        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
-    return value.to(like.device, copy=True)
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

@@ -69,6 +69,8 @@ class Company:
                 time.sleep(3 * BEAT)
         self.over.set()
         self.thread.join()
+        if error is None:
+            self.processes.wait()  # the place where they ask lies with the first process, and must outlive every thread
 
     def _tell(self) -> None:
         self.state["beat"] += 1

@@ -107,7 +107,7 @@ def train(recipe: Recipe) -> Path:
                 if stopping and run.seen < recipe.pictures:
                     raise Stopped(run.seen)
         if processes.first:
-            export(recipe)
+            export(recipe, source=run.source)
         processes.wait()
     accelerator.end_training()
     return recipe.out / "model"

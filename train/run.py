@@ -82,9 +82,9 @@ class Run:
     seen: int = 0
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that are trained, by name."""
-        return {name: value for name, value in self.phase.module.named_parameters() if value.requires_grad}
+    def names(self) -> dict[Tensor, str]:
+        """Of the parameters that are trained."""
+        return {value: name for name, value in self.phase.module.named_parameters() if value.requires_grad}
 
     def set_rate(self) -> float:
         """Gives the optimizer the rate of the next step, and returns it."""
@@ -99,9 +99,8 @@ class Run:
 
     def save(self, last: bool) -> None:
         """Writes a checkpoint. last: that it fails is an error at once, for no later one would make it good."""
-        names: dict[Tensor, str] = {value: name for name, value in self.parameters.items()}
         tensors = {"model": trained(self.phase.module), "ema": self.averages.state_dict()}
-        tensors["optimizer"] = optimizer_tensors(self.optimizer, names)
+        tensors["optimizer"] = optimizer_tensors(self.optimizer, self.names)
         if self.recipe.ema.snapshots_every:
             tensors["powers"] = self.powers.state_dict()
         self.checkpoints.save(self.seen, tensors, self.state, last)
@@ -122,9 +121,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     module, optimizer = accelerator.prepare(phase.module, make_optimizer(phase.module, recipe.optimizer))
     averages = EMA(phase.module, recipe.ema.half_life)
     powers = PowerAverages(phase.module, recipe.ema.widths if recipe.ema.snapshots_every else ())
-    run = Run(
-        recipe, processes, source, phase, module, optimizer, averages, powers, checkpoints, state, iter(()), [], 0
-    )
+    run = Run(recipe, processes, source, phase, module, optimizer, averages, powers, checkpoints, state)
     resume(run)
     checkpoints.remove_leftovers()
     if processes.first:
@@ -184,7 +181,7 @@ def resume(run: Run) -> None:
     load_trained(run.phase.module, tensors["model"])
     run.averages.load_state_dict(tensors["ema"])
     run.powers.load_state_dict(tensors.get("powers", {}))
-    load_optimizer_tensors(run.optimizer, {value: name for name, value in run.parameters.items()}, tensors["optimizer"])
+    load_optimizer_tensors(run.optimizer, run.names, tensors["optimizer"])
     run.seen = int(found.name)
     if run.processes.first:
         print(f"resumed from {found}", file=sys.stderr)
@@ -197,17 +194,19 @@ def load(recipe: Recipe, data: Stream, start: int, processes: Processes) -> Iter
     return iter(DataLoader(data, batch_sampler=positions, collate_fn=list, num_workers=workers, worker_init_fn=shield))
 
 
-def export(recipe: Recipe, width: float | None = None) -> Path:
+def export(recipe: Recipe, width: float | None = None, source: Source | None = None) -> Path:
     """Writes `out/model` from the averaged weights of the newest sound checkpoint, also while a run goes on there.
 
-    width: of the average to make of the run's snapshots instead (see snapshots.py).
+    width: of the average to make of the run's snapshots instead (see snapshots.py). source: the recipe's pictures,
+    where they have been looked at already.
     """
     newest = Checkpoints(recipe.out / "checkpoints", recipe.keep).newest()
     if newest is None:
         raise GazeError(f"{recipe.out} holds no checkpoint yet", "wait for the first one (checkpoint_every)")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what is left out has been said
-        source = open_source(recipe)
+    if source is None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is left out has been said
+            source = open_source(recipe)
     uncached = recipe.model_copy(
         update={"data": recipe.data.model_copy(update={"cache_latents": False, "cache_text": False})}
     )

@@ -16,11 +16,11 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def parted_like(like: Tensor, value: Tensor) -> Tensor:
-    """A whole value on the device and, where shapes agree, in the parts of `like`."""
+    """A whole value, which every process has, on the device and, where shapes agree, in the parts of `like`."""
     value = value.to(like.device)
     if not isinstance(like, DTensor) or value.shape != like.shape:
         return value
-    return distribute_tensor(value, like.device_mesh, like.placements)
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 @contextmanager

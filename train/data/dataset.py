@@ -7,13 +7,13 @@ from typing import Any
 
 from diffusion.errors import GazeError, nearest
 
-from .source import Entry, digest, need
+from .source import Entry, Listed, need
 from .table import captions_of, content_of, require_columns
 
 SAVED = ("state.json", "dataset_dict.json")  # what save_to_disk writes
 
 
-class Rows:
+class Rows(Listed):
     """One split of a data set as a Place.
 
     Raises GazeError when it cannot be opened, and for a missing split or column with the nearest one.
@@ -47,16 +47,6 @@ class Rows:
         if isinstance(found.features[image_column], datasets.Image):
             self.rows = self.rows.cast_column(image_column, datasets.Image(decode=False))
 
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self.entries)]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> Entry:
-        return self.entries[index]
-
     def read(self, index: int) -> bytes:
         """The picture's file, from the data set or where its path leads. Raises GazeError when it cannot be read."""
         cell = self.rows[index][self.column]
@@ -65,6 +55,3 @@ class Rows:
             return content_of(cell) if path is None else Path(path).read_bytes()
         except OSError as error:
             raise GazeError(f"{path} cannot be read: {error.strerror}") from None
-
-    def fingerprint(self) -> str:
-        return digest(self.entries)

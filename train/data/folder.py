@@ -8,12 +8,12 @@ from pathlib import Path
 
 from diffusion.errors import GazeError
 
-from .source import LARGEST, Entry, digest
+from .source import LARGEST, Entry, Listed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 
-class Folder:
+class Folder(Listed):
     """The pictures of a folder as a Place, in the order of metadata.jsonl or of sorted file names.
 
     Raises GazeError naming file and line when a line of captions is not what it should be.
@@ -29,16 +29,6 @@ class Folder:
             raise GazeError(f"{root} holds no captioned picture", _hint(self.root))
         self.files, self.entries = [file for file, _ in found], [entry for _, entry in found]
 
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self.entries)]
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> Entry:
-        return self.entries[index]
-
     def read(self, index: int) -> bytes:
         """The picture's file. Raises GazeError when it cannot be read."""
         try:
@@ -49,9 +39,6 @@ class Folder:
                 return file.read()
         except OSError as error:
             raise GazeError(f"the file cannot be read: {error.strerror}") from None
-
-    def fingerprint(self) -> str:
-        return digest(self.entries)
 
 
 def _hint(root: Path) -> str:

@@ -57,6 +57,25 @@ class Source(Place, Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
 
+class Listed:
+    """What the places have in common that know all their pictures from the start; they add `read`."""
+
+    entries: list[Entry]
+
+    @property
+    def blocks(self) -> list[int]:
+        return [len(self.entries)]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Entry:
+        return self.entries[index]
+
+    def fingerprint(self) -> str:
+        return digest(self.entries)
+
+
 class Skipped(NamedTuple):
     """A picture that is left out."""
 
