@@ -44,7 +44,7 @@ def small() -> nn.Module:
 def train_steps(module: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
     for step in range(first, last):
         inputs = torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(step))
-        module(inputs).square().mean().backward()
+        module(inputs.to(next(module.parameters()).dtype)).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
