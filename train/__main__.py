@@ -67,12 +67,15 @@ def run(words: list[str]) -> int:
     recipe = load_recipe(config, [flags.get(word, word) for word in overrides])
     start_the_others("train", words)
     from .loop import Stopped, train
+    from .signals import interruptible
 
     try:
-        folder = train(recipe)
-    except Stopped as stopped:
+        with interruptible():
+            folder = train(recipe)
+    except (Stopped, KeyboardInterrupt) as stopped:
+        where = f"after {stopped} pictures" if isinstance(stopped, Stopped) else "while preparing or exporting"
         if RANK == 0:
-            print(f"stopped after {stopped} pictures; the same command goes on from there", file=sys.stderr)
+            print(f"stopped {where}; the same command goes on from there", file=sys.stderr)
         return 130
     if RANK == 0:
         print(folder)

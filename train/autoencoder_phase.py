@@ -55,6 +55,9 @@ class AutoencoderPhase:
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((1, 2, 3))
         return error + self.recipe.objective.kl_weight * kl
 
+    def levels(self, u_B: Tensor) -> list[float]:
+        return []
+
     @property
     def shown(self) -> int:
         return 2 * min(SHOWN, len(self.data.source))

@@ -31,6 +31,7 @@ from .data.buckets import Size
 from .data.stream import Sample, Stream, stack
 from .processes import Processes
 from .randomness import normal
+from .signals import shield
 from .store import Item, Store, as_keys, key_of
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
@@ -95,8 +96,9 @@ class Latents:
         def make(numbers: Sequence[int]) -> Iterator[Item]:
             own = torch.Generator()  # the global one is for fresh weights
             loader = DataLoader(
-                pictures, self.few, sampler=numbers, num_workers=workers, collate_fn=list, generator=own
-            )
+                pictures, self.few, sampler=numbers, num_workers=workers, collate_fn=list, generator=own,
+                worker_init_fn=shield,
+            )  # fmt: skip
             for batch in loader:
                 for _, alike in groupby(batch, key=lambda pixels: pixels.shape):
                     for moments_2CHW in self._encode(torch.stack([*alike])).cpu():

@@ -58,6 +58,9 @@ class DiffusionPhase:
 
         return denoising_loss(predict, clean, noise, sigma, schedule, weight)
 
+    def levels(self, u_B: Tensor) -> list[float]:
+        return self.density(u_B).tolist()
+
     @property
     def shown(self) -> int:
         return len(self.recipe.validation.prompts)

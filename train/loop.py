@@ -22,7 +22,7 @@ from .data.stream import Sample
 from .environment import note_start
 from .launch import make_accelerator, processes_of
 from .metrics import Metrics
-from .precision import skips
+from .precision import scale_of, skips
 from .run import Run, export, prepare
 from .sample_log import begin_logs, log_samples
 from .sharding import gathered, whole
@@ -54,7 +54,6 @@ def train(recipe: Recipe) -> Path:
     processes = processes_of(accelerator)
     with Company(processes) as company:
         run = prepare(recipe, accelerator, processes)
-        loss_sum, dropped, steps = torch.zeros((), device=accelerator.device), 0.0, 0
         with open_metrics(run) as metrics, StopSignal() as stop:
             lap = metrics.watch.lap
             while run.seen < recipe.pictures:
@@ -63,7 +62,7 @@ def train(recipe: Recipe) -> Path:
                 losses = [backward(accelerator, run, lap) for _ in range(recipe.gradient_accumulation_steps)]
                 loss = torch.cat([loss_B for _, loss_B in losses]).mean()
                 norm = whole(accelerator.clip_grad_norm_([*run.phase.module.parameters()], recipe.optimizer.clip))
-                sound = loss.isfinite() & (norm.isfinite() | skips(accelerator.scaler, norm))
+                sound = loss.isfinite() & (norm.isfinite() | skips(run.scaler, norm))
                 broken, stopping = processes.any_of(~sound, stop.received)
                 if broken:
                     raise not_finite(run, losses)
@@ -73,25 +72,17 @@ def train(recipe: Recipe) -> Path:
                 before, run.seen = run.seen, run.seen + recipe.batch_size
                 run.average()
                 seen_now = [sample for samples, _ in losses for sample in samples]
-                dropped += sum(sample.dropped for sample in seen_now) / len(seen_now)
+                run.interval.add(loss, sum(sample.dropped for sample in seen_now) / len(seen_now))
                 if recipe.log_samples:
                     log_samples(recipe.out, run.seen, processes.rank, seen_now)
                 metrics.advance(run.seen)
-                loss_sum, steps = loss_sum + loss, steps + 1
 
                 due = partial(is_due, before, run.seen, recipe.pictures)
                 if due(recipe.log_every):
-                    mean, distance = processes.mean(loss_sum / steps), run.averages.distance()
-                    share = processes.mean(torch.tensor(dropped / steps))
-                    metrics.log(
-                        run.seen,
-                        loss=mean,
-                        learning_rate=rate,
-                        gradient_norm=float(norm),
-                        ema_distance=distance,
-                        captions_dropped=share,
-                    )
-                    loss_sum, dropped, steps = torch.zeros_like(loss_sum), 0.0, 0
+                    means, distance = run.interval.means(), run.averages.distance()
+                    means |= {"learning_rate": rate, "gradient_norm": float(norm), "ema_distance": distance}
+                    metrics.log(run.seen, **means, **scale_of(run.scaler))
+                    run.interval.begin()
                 if due(recipe.ema.snapshots_every):
                     run.powers.store(recipe.out / "snapshots", run.seen, run.state["identity"], processes.first)
                 lap("trainer")

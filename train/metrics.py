@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -88,13 +89,14 @@ class Metrics:
 
     def log(self, pictures: int, **values: float) -> None:
         """Writes one line and shows it; adds speed, memory and where the time went if pictures were seen since the
-        line before. Figures with a slash in their names are written only."""
+        line before. Figures with a slash in their names are written only; those that are not finite are null."""
         if not self.active:
             return
         done, self.last_pictures = pictures - self.last_pictures, pictures
         if done:
             values |= self._measure(done)
-        self._write(json.dumps({"pictures": pictures} | values) + "\n")
+        finite = {name: value if isfinite(value) else None for name, value in values.items()}  # JSON has no infinity
+        self._write(json.dumps({"pictures": pictures} | finite) + "\n")
         for tracker in self.trackers:
             tracker.log(pictures, values)
         figures = [f"{name} {value:.4g}" for name, value in values.items() if "/" not in name]

@@ -1,5 +1,9 @@
 """Half precision through Accelerate. Master weights are float32; fp16 has its losses scaled so that small gradients do
-not vanish (Micikevicius et al. 2018, section 3.2)."""
+not vanish (Micikevicius et al. 2018, section 3.2).
+
+A step whose gradient overflows is left out: its pictures count as seen, the weights stay what they are, and so they
+are averaged, for the averages are over pictures.
+"""
 
 from __future__ import annotations
 
@@ -22,3 +26,8 @@ def skips(scaler: GradScaler | None, norm: Tensor) -> bool:
     """Whether the scaler leaves out the step of a gradient of this norm and tries the next with half the scale, as it
     does a few times in every run with fp16."""
     return scaler is not None and not bool(norm.isfinite()) and scaler.get_scale() > LEAST
+
+
+def scale_of(scaler: GradScaler | None) -> dict[str, float]:
+    """What the losses are multiplied with, for the log; {} where they are not."""
+    return {} if scaler is None else {"loss_scale": scaler.get_scale()}

@@ -27,7 +27,7 @@ from .page import PAGE, SCRIPT, STYLE
 MOST_GRIDS = 60  # on the page, evenly over the run
 CHARTS = {  # in this order, then what else was logged; a name also holds the names that follow it with a slash
     "loss": ("Loss", "of the pictures of each interval"),
-    "held_out_loss": ("Held-out loss", "of pictures never trained on, averaged weights; bin 1 has the least noise"),
+    "held_out_loss": ("Held-out loss", "of pictures never trained on, averaged weights; by noise level, sigma"),
     "gradient_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
     "pictures_per_second": ("Pictures per second", "without validation and checkpoints"),
@@ -139,7 +139,7 @@ def _charts(curves: dict[str, list[tuple[float, float]]], resumes: list[float]) 
     for name, points in curves.items():
         group, _, part = name.partition("/")
         if group != "seconds":
-            groups.setdefault(group, {})[part or "mean"] = points
+            groups.setdefault(group, {})[part.replace("_", " ") or "mean"] = points
     charts = []
     for group, parts in groups.items():
         title, note = CHARTS.get(group, (group.replace("_", " "), ""))

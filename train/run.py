@@ -13,6 +13,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from diffusion.errors import GazeError
@@ -29,6 +30,7 @@ from .data.open import open_source
 from .data.source import Source
 from .data.stream import Sample, Stream
 from .ema import EMA
+from .interval import Interval
 from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
 from .processes import Processes
 from .signals import shield
@@ -45,6 +47,9 @@ class Phase(Protocol):
     def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
         """The loss of each sample, B; module is self.module as Accelerate wrapped it. u_B: in (0, 1), fixes each
         sample's quantile of the density of noise levels, where the phase has one."""
+
+    def levels(self, u_B: Tensor) -> list[float]:
+        """The noise level, sigma, at each of these quantiles; none where the phase has no noise levels."""
 
     @property
     def shown(self) -> int:
@@ -65,7 +70,8 @@ class Phase(Protocol):
 
 @dataclass
 class Run:
-    """A run between two steps. seen: pictures so far. module: phase.module as Accelerate wrapped it."""
+    """A run between two steps. seen: pictures so far. module: phase.module as Accelerate wrapped it. scaler: of the
+    losses in fp16."""
 
     recipe: Recipe
     processes: Processes
@@ -77,6 +83,8 @@ class Run:
     powers: PowerAverages
     checkpoints: Checkpoints
     state: dict[str, Any]  # of every checkpoint: what it belongs to
+    interval: Interval
+    scaler: GradScaler | None
     batches: Iterator[list[Sample]] = field(default_factory=lambda: iter(()))
     held_out: Samples = ()  # pictures that are never trained on
     seen: int = 0
@@ -103,7 +111,10 @@ class Run:
         tensors["optimizer"] = optimizer_tensors(self.optimizer, self.names)
         if self.recipe.ema.snapshots_every:
             tensors["powers"] = self.powers.state_dict()
-        self.checkpoints.save(self.seen, tensors, self.state, last)
+        state = self.state | {"interval": self.interval.state_dict()}
+        if self.scaler is not None:
+            state["scaler"] = self.scaler.state_dict()
+        self.checkpoints.save(self.seen, tensors, state, last)
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> Run:
@@ -121,7 +132,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     module, optimizer = accelerator.prepare(phase.module, make_optimizer(phase.module, recipe.optimizer))
     averages = EMA(phase.module, recipe.ema.half_life)
     powers = PowerAverages(phase.module, recipe.ema.widths if recipe.ema.snapshots_every else ())
-    run = Run(recipe, processes, source, phase, module, optimizer, averages, powers, checkpoints, state)
+    run = Run(recipe, processes, source, phase, module, optimizer, averages, powers, checkpoints, state,
+              Interval(processes), accelerator.scaler)  # fmt: skip
     resume(run)
     checkpoints.remove_leftovers()
     if processes.first:
@@ -177,11 +189,15 @@ def resume(run: Run) -> None:
     found = run.checkpoints.find(run.recipe.resume)
     if found is None:
         return
-    tensors, _ = load_checkpoint(found, run.state)
+    tensors, state = load_checkpoint(found, run.state)
     load_trained(run.phase.module, tensors["model"])
     run.averages.load_state_dict(tensors["ema"])
     run.powers.load_state_dict(tensors.get("powers", {}))
     load_optimizer_tensors(run.optimizer, run.names, tensors["optimizer"])
+    if "interval" in state:  # checkpoints of format 2 began without
+        run.interval.load_state_dict(state["interval"])
+    if run.scaler is not None and "scaler" in state:
+        run.scaler.load_state_dict(state["scaler"])
     run.seen = int(found.name)
     if run.processes.first:
         print(f"resumed from {found}", file=sys.stderr)

@@ -1,9 +1,11 @@
-"""SIGTERM and SIGINT, remembered, so that all processes leave together after the step they are in."""
+"""SIGTERM and SIGINT: in training remembered, so that all processes leave together after the step they are in; before
+and after it the end of the program."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -32,7 +34,18 @@ class StopSignal:
         self.received = True
 
 
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """In its block SIGTERM ends what goes on as SIGINT does, by KeyboardInterrupt: so that files half written go."""
+    previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def shield(worker: int) -> None:
-    """Workers outlive a signal to the whole process group, so that the step in which it came can end."""
+    """Workers outlive a signal to the whole process group, so that the step in which it came can end, and
+    none shows a traceback beside what the run says."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

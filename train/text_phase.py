@@ -61,6 +61,9 @@ class TextPhase:
         foretold = module(self._tokens([sample.caption for sample in samples]))
         return (foretold.float() - self.latents.draw(samples)).square().mean((1, 2, 3))
 
+    def levels(self, u_B: Tensor) -> list[float]:
+        return []
+
     @property
     def shown(self) -> int:
         return len(self.recipe.validation.prompts)

@@ -51,6 +51,9 @@ class Watched(Protocol):
     def loss(self, module: nn.Module, samples: list[Any], u_B: Tensor | None = None) -> Tensor:
         """The loss of each sample, B. u_B: each sample's quantile of the density of noise levels."""
 
+    def levels(self, u_B: Tensor) -> list[float]:
+        """The noise level, sigma, at each of these quantiles; none where the phase has no noise levels."""
+
     def figures(self) -> dict[str, float]:
         """Further figures of the current weights."""
 
@@ -94,7 +97,8 @@ def validate(
 def held_out_losses(
     recipe: Recipe, phase: Watched, held_out: Samples, processes: Processes, stopping: Callable[[], bool]
 ) -> dict[str, float]:
-    """`held_out_loss`, and for the diffusion phase `held_out_loss/K` for each bin of noise level, 1 the least noise.
+    """`held_out_loss`, and for the diffusion phase `held_out_loss/sigma_S` for each bin, S its noise level, the least
+    first.
 
     A picture meets the middle quantile of every bin, with the noise of its position, in a batch of its own: the
     result is a function of the weights alone, to the bit, however many processes share the work. {} when stopped.
@@ -110,8 +114,8 @@ def held_out_losses(
     if not losses:
         return {}
     means = [math.fsum(column) / pictures for column in zip(*losses, strict=True)]
-    parts = {f"held_out_loss/{number}": mean for number, mean in enumerate(means, start=1)} if bins > 1 else {}
-    return {"held_out_loss": math.fsum(means) / bins, **parts}
+    names = [f"held_out_loss/sigma_{sigma:.4g}" for sigma in phase.levels(u_B)]
+    return {"held_out_loss": math.fsum(means) / bins, **dict(zip(names, means, strict=False))}
 
 
 def shared(

@@ -6,7 +6,9 @@ import time
 import pytest
 import torch
 
+from tests.train.threads import together
 from train.environment import note_start
+from train.interval import Interval
 from train.metrics import MEASURED, Metrics, Stopwatch, peak_memory
 from train.processes import Processes
 
@@ -22,6 +24,26 @@ def test_a_resumed_run_goes_on_where_its_checkpoint_was(tmp_path):
     assert [row["pictures"] for row in found] == [8, 16, 24]
     assert found[2]["loss"] == 0.25
     assert found[2]["pictures_per_second"] > 0
+
+
+def test_sums_since_the_last_line_go_on_in_any_number_of_processes():
+    def begun(processes):
+        interval = Interval(processes)
+        for _ in range(3):
+            interval.add(torch.tensor([0.1, 0.3][processes.rank]), [0.25, 0.5][processes.rank])
+        return interval.state_dict()
+
+    def resumed(processes):
+        interval = Interval(processes)
+        interval.load_state_dict(json.loads(json.dumps(saved[0])))
+        return interval.state_dict()
+
+    saved = together(2, begun)
+    assert together(2, resumed) == saved == [saved[0]] * 2
+    for count in (1, 3):
+        for state in together(count, resumed):
+            assert state["steps"] == 3
+            assert state["sums"] == [pytest.approx([0.6, 1.125])] * count
 
 
 def test_figures_without_new_pictures_have_no_speed(tmp_path, capsys):

@@ -163,10 +163,12 @@ def test_given_quantiles_replace_drawn_ones(make):
     loss, network = given(phase, samples, u)
     torch.testing.assert_close(level(phase, network).flatten(), (1.2 * ndtri(u)).exp(), rtol=1e-3, atol=0)
     assert not torch.equal(loss, given(phase, samples)[0])
+    assert phase.levels(u) == pytest.approx((1.2 * ndtri(u)).exp().tolist())
     for other in ("text", "autoencoder"):  # they have no noise levels
         changes = {"model": {"autoencoder_from": None, "unet": {}}} if other == "autoencoder" else {}
         phase, samples = make(other, **changes)
         assert torch.equal(phase.loss(phase.module, samples, u), phase.loss(phase.module, samples))
+        assert phase.levels(u) == []
 
 
 def test_offset_noise(make):

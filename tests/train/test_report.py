@@ -59,7 +59,9 @@ def make_run(folder, rows=40, grids=3, **changes):
          "time/forward": 0.75, "seconds/validation": 3.0, "peak_memory_gb": 1.5, MARKUP: 1.0}
         for n in range(1, rows + 1)
     ]  # fmt: skip
-    lines += [{"pictures": 2 * rows, "held_out_loss": 0.5, "held_out_loss/1": 0.25, "held_out_loss/2": 0.75}]
+    lines += [
+        {"pictures": 2 * rows, "held_out_loss": 0.5, "held_out_loss/sigma_0.1": 0.25, "held_out_loss/sigma_3": 0.75}
+    ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     starts = [{"time": "2026-01-01", "pictures": n, "processes": 2, "devices": [HOSTILE]} for n in (0, 16)]
     (folder / "environment.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
@@ -79,7 +81,7 @@ def test_the_page_has_all_parts(run):
     drawn = [svg["aria-label"] for svg in page.all("svg")]
     assert drawn[:4] == ["Loss", "Held-out loss", "Gradient norm", "Pictures per second"]
     assert {"Time of a step", "Peak memory", MARKUP} <= set(drawn)
-    assert [line["data-name"] for line in page.all("polyline", "curve")][1:4] == ["mean", "1", "2"]
+    assert [line["data-name"] for line in page.all("polyline", "curve")][1:4] == ["mean", "sigma 0.1", "sigma 3"]
     assert sum("hidden" in figure for figure in page.all("figure")) == 2  # of three grids the last is shown
     assert page.all("input") == [{"type": "range", "min": "0", "max": "2", "value": "2",
                                   "aria-label": "samples over time"}]  # fmt: skip

@@ -87,13 +87,13 @@ def test_tensorboard_gets_figures_pictures_and_the_recipe(tmp_path):
         opened = open_trackers(recipe, start)
         with Metrics(tmp_path / "metrics.jsonl", start, 4, active=True, trackers=opened) as metrics:
             for seen in range(start + 1, end + 1):
-                metrics.log(seen, loss=seen / 10 + start, **{"held_out_loss/1": 2.0})
+                metrics.log(seen, loss=seen / 10 + start, **{"held_out_loss/sigma_0.5": 2.0})
                 metrics.picture(seen, Image.new("RGB", (5, 3), "red"))
     events = EventAccumulator(str(tmp_path / "trackers" / "gaze"))
     events.Reload()
     losses = [(event.step, round(event.value, 5)) for event in events.Scalars("loss")]
     assert losses == [(1, 0.1), (2, 0.2), (3, 2.3), (4, 2.4)]
-    assert {"held_out_loss/1", "pictures_per_second", "time/trainer"} <= set(events.Tags()["scalars"])
+    assert {"held_out_loss/sigma_0.5", "pictures_per_second", "time/trainer"} <= set(events.Tags()["scalars"])
     shown = events.Images("samples")[0]
     assert (shown.width, shown.height) == (5, 3)
     settings = next((tmp_path / "trackers" / "gaze").glob("*/hparams.yml")).read_text()

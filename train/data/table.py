@@ -11,13 +11,13 @@ from typing import Any
 
 from diffusion.errors import GazeError, nearest
 
-from .source import Entry, digest, need
+from .source import Entry, Listed, need
 
 GROUPS = 4  # row groups of pictures that a process keeps in memory
 REPEATS = "repeats"
 
 
-class Table:
+class Table(Listed):
     """A parquet file, or a folder of them, as a Place; each row group is a block.
 
     image_column: the file's content, or a struct with it under `bytes`. text_column: a caption or a list of them. A
@@ -31,12 +31,12 @@ class Table:
         if not files:
             raise GazeError(f"{root} holds no parquet file", "check data.table")
         self.column = image_column
-        self.entries: list[Entry] = []
+        self.entries = []
         self.groups: list[tuple[str, int]] = []  # file and number of each row group
-        self.blocks: list[int] = []
+        self.sizes: list[int] = []  # their rows
         for file in files:
             self._add(file, file.name if file == root else file.relative_to(root).as_posix(), text_column)
-        self.ends = list(accumulate(self.blocks))
+        self.ends = list(accumulate(self.sizes))
         if not self.entries:
             raise GazeError(f"{root} holds no row", "check data.table")
 
@@ -69,22 +69,17 @@ class Table:
                 raise GazeError(f"{where}: repeats is {times!r}", "a whole number, 0 leaves the picture out")
             self.entries.append(Entry(where, captions_of(text, where), times))
         self.groups += [(str(file), group) for group in range(len(sizes))]
-        self.blocks += sizes
+        self.sizes += sizes
 
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> Entry:
-        return self.entries[index]
+    @property
+    def blocks(self) -> list[int]:
+        return self.sizes
 
     def read(self, index: int) -> bytes:
         """The picture's file. Raises GazeError when it cannot be read. Reads the whole row group at first."""
         block = bisect_right(self.ends, index)
-        row = index - self.ends[block] + self.blocks[block]
+        row = index - self.ends[block] + self.sizes[block]
         return content_of(_pictures(*self.groups[block], self.column)[row].as_py())
-
-    def fingerprint(self) -> str:
-        return digest(self.entries)
 
 
 @lru_cache(GROUPS)
