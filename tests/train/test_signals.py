@@ -28,8 +28,8 @@ def slowly(recipe: Path, errors: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_while_pictures_are_encoded_leaves_nothing_half_done(tmp_path, number):
     """Sent to all processes of the terminal, the workers too."""
-    recipe = tiny_recipe(tmp_path / "run", make_pictures(tmp_path / "pictures", 400), make_vae(tmp_path / "vae"),
-                         data={"workers": 2})  # fmt: skip
+    recipe = tiny_recipe(tmp_path / "run", make_pictures(tmp_path / "pictures", 80), make_vae(tmp_path / "vae"),
+                         data={"workers": 1})  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
     process = PROCESSES.Process(target=slowly, args=(tmp_path / "recipe.yaml", tmp_path / "errors"))
     process.start()
@@ -37,7 +37,7 @@ def test_a_stop_while_pictures_are_encoded_leaves_nothing_half_done(tmp_path, nu
         time.sleep(0.01)
     time.sleep(0.3)
     os.killpg(process.pid, number)
-    process.join(10)
+    process.join(60)
     assert process.exitcode == 130
     said = (tmp_path / "errors").read_text()
     assert said == "stopped while preparing or exporting; the same command goes on from there\n"
