@@ -209,23 +209,28 @@ _MAY_CHANGE: dict[str, Any] = dict.fromkeys(
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a YAML recipe; `overrides` are `key.path=value`, the value in YAML.
 
-    Raises GazeError that names the file or key and the nearest right one.
+    Raises GazeError that names the file, the line or the override, and the key with the nearest right one.
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        json.dumps(values, default=str)  # fails where an alias leads back to where it stands
     except OSError as error:
         raise GazeError(f"recipe {str(path)!r} cannot be read: {error.strerror}", "one of configs/") from None
     except Exception as error:  # PyYAML has its own errors for syntax, but any for a value such as 2001-99-99
         raise GazeError(f"recipe {path} is not YAML: {error}", "check the line that the message names") from None
     if not isinstance(values, dict):
         raise GazeError(f"recipe {path} holds no keys", "start from a recipe in configs/")
-    for text in overrides:
-        _override(values, text)
+    if twice := _twice(tree):
+        line = twice.start_mark.line + 1
+        raise GazeError(f"recipe {path}, line {line}: {twice.value!r} was given before", "one of the two")
+    for override in overrides:
+        _override(values, override)
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise GazeError(f"recipe {path}: {_explain(error)}", _hint(error)) from None
+        raise GazeError(f"recipe {path}: {_explain(error, tree, overrides)}", _hint(error)) from None
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -243,9 +248,51 @@ def _override(values: dict[str, Any], text: str) -> None:
         raise GazeError(f"{text!r}: the value is not YAML: {error}", "put it in quotes") from None
 
 
-def _explain(error: ValidationError) -> str:
-    problems = [f"{'.'.join(map(str, item['loc'])) or 'recipe'}: {item['msg']}" for item in error.errors()]
+def _explain(error: ValidationError, tree: yaml.Node, overrides: Sequence[str]) -> str:
+    """Each problem with its key and where that stands."""
+    problems = []
+    for item in error.errors():
+        key = ".".join(map(str, item["loc"])) or "recipe"
+        says = (
+            "there is no such key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
+        )
+        problems.append(f"{key}{_place(item['loc'], tree, overrides)}: {says}")
     return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
+
+
+def _place(location: Sequence[int | str], tree: yaml.Node, overrides: Sequence[str]) -> str:
+    """Where the key was given, in words: on the command line or in a line of the file; "" where it was not."""
+    line = None
+    for part in location:
+        found = [pair for pair in _pairs(tree) if pair[0].value == part]
+        if not found:
+            break
+        key, tree = found[-1]
+        line = key.start_mark.line + 1
+    names = [*map(str, location)]
+    given = [text.partition("=")[0].split(".") for text in overrides]
+    if any(key == names[: len(key)] or (line is None and names and key[: len(names)] == names) for key in given):
+        return " (on the command line)"
+    return "" if line is None else f" (line {line})"
+
+
+def _pairs(node: yaml.Node) -> list[tuple[yaml.Node, yaml.Node]]:
+    """Keys and values of a section; none of a value."""
+    return node.value if isinstance(node, yaml.MappingNode) else []
+
+
+def _twice(tree: yaml.Node) -> yaml.Node | None:
+    """A key that its section has already: YAML would take the later one without a word."""
+    pending, met = [tree], set()
+    while pending:
+        node, names = pending.pop(), set()
+        for key, value in _pairs(node) if id(node) not in met else ():
+            if key.value in names:
+                return key
+            names.add(key.value)
+            pending.append(value)
+        met.add(id(node))  # an alias may lead back to where it stands
+    return None
 
 
 def _hint(error: ValidationError) -> str:

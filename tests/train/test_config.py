@@ -36,9 +36,40 @@ def minimal(tmp_path: Path) -> Path:
 def test_an_unknown_key_is_answered_with_the_nearest_right_one(minimal, override, key, guess):
     with pytest.raises(GazeError) as error:
         load_recipe(minimal, [override])
-    assert key in error.value.problem
+    assert f"{key} (on the command line): there is no such key" in error.value.problem
     assert str(minimal) in error.value.problem
     assert f"did you mean {guess!r}" in error.value.hint if guess else "choices: " in error.value.hint
+
+
+@pytest.mark.parametrize(
+    "section, says",
+    [
+        ("sede: 1", "sede (line 6): there is no such key"),
+        ("optimizer: {\n  betas: [0.9, 0.99],\n  learning_rat: 1}", "optimizer.learning_rat (line 8): there is"),
+        ("model:\n  # sizes\n  text:\n    width: [1]", "model.text.width (line 9): Input should be a valid integer"),
+        ("optimizer:\n  betas:\n  - 0.9\n  - 1", "optimizer.betas.1 (line 7): Input should be less than 1"),
+        ("seed: x\nkeep: 1", "seed (line 6): Input should be a valid integer, unable to parse string as an integer; "
+         "keep (line 7): Input should be greater than or equal to 2"),
+        ("seed: 1\nout: y", "line 7: 'out' was given before"),
+        ("data: {folder: x}", "line 6: 'data' was given before"),
+        ("optimizer:\n  clip: 1\n  warmup: 2\n  clip: 1", "line 9: 'clip' was given before"),
+        ("model:\n  unet: &a\n    again: *a", "Circular reference"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_in_the_file_is_named_with_its_line(minimal, section, says):
+    minimal.write_text(minimal.read_text() + section)
+    with pytest.raises(GazeError) as error:
+        load_recipe(minimal)
+    assert says in error.value.problem
+    assert str(minimal) in error.value.problem
+
+
+def test_an_override_is_named_where_it_replaces_a_line(minimal):
+    minimal.write_text(minimal.read_text() + "optimizer: {learning_rat: 1}\nseed: 5")
+    with pytest.raises(GazeError) as error:
+        load_recipe(minimal, ["seed=x", "model.text=small"])
+    for says in ("optimizer.learning_rat (line 6)", "seed (on the command line)", "model.text (on the command line)"):
+        assert says in error.value.problem
 
 
 @pytest.mark.parametrize(
