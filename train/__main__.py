@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -20,14 +21,14 @@ python -m train report RUN                           write RUN/report.html, one 
 python -m train data COMMAND ...                     build, pack, check and describe pictures: data --help
 
 CONFIG is a recipe in YAML (see configs/); its keys and their meanings stand in train/config.py.
---resume, --resume=never are short for resume=auto, resume=never; --debug shows the traceback of an error.
+--resume auto, --resume never, --resume PATH are short for resume=auto, ...; --debug shows the traceback of an error.
 Example: python -m train configs/smoke.yaml out=runs/smoke optimizer.learning_rate=3e-4"""
 
 RANK = int(os.environ.get("RANK", "0"))  # of several processes, the first speaks for all
 
 
 def main() -> int:
-    """Exit codes: 0 done, 1 bad input, 70 gradient not finite, 74 checkpoint not written, 130 stopped by a signal."""
+    """Exit codes: 0 done, 1 bad input, 70 gradient not finite, 74 disk full or broken, 130 stopped by a signal."""
     words = sys.argv[1:]
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -62,11 +63,11 @@ def main() -> int:
 def run(words: list[str]) -> int:
     from .config import load_recipe
 
-    flags = {"--resume": "resume=auto", "--resume=auto": "resume=auto", "--resume=never": "resume=never"}
     config, *overrides = words
-    recipe = load_recipe(config, [flags.get(word, word) for word in overrides])
+    recipe = load_recipe(config, as_keys(overrides))
     start_the_others("train", words)
     from .loop import Stopped, train
+    from .memory import is_lack_of_memory
     from .signals import interruptible
 
     try:
@@ -77,9 +78,40 @@ def run(words: list[str]) -> int:
         if RANK == 0:
             print(f"stopped {where}; the same command goes on from there", file=sys.stderr)
         return 130
+    except OSError as error:
+        raise NotWritten(
+            f"{error.filename or recipe.out}: {error.strerror or error}",
+            "free some space or repair the disk, then the same command; it goes on from the last checkpoint",
+        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        raise GazeError(
+            f"memory does not suffice: {error}",
+            f"gradient_checkpointing=true, or more gradient_accumulation_steps; python -m train plan {config} tells "
+            "what a step takes",
+        ) from error
     if RANK == 0:
         print(folder)
     return 0
+
+
+class NotWritten(GazeError):
+    """A file of the run could not be read or written; its checkpoints are untouched."""
+
+    exit_code = 74
+
+
+def as_keys(words: list[str]) -> list[str]:
+    """The same with `--resume`, `--resume VALUE` and `--resume=VALUE` as key=value."""
+    keys: list[str] = []
+    for word in words:
+        if keys and keys[-1] == "--resume" and "=" not in word:
+            keys[-1] = f"--resume={word}"
+        else:
+            keys.append(word)
+    values = {key: key.partition("=")[2] or "auto" for key in keys if key.partition("=")[0] == "--resume"}
+    return [f"resume={json.dumps(values[key])}" if key in values else key for key in keys]
 
 
 def export(words: list[str]) -> int:

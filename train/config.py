@@ -13,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from diffusion.errors import GazeError, nearest
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
+MOST = 2**53  # whole numbers that any reader of JSON takes exactly
+Positive = Annotated[int, Field(gt=0, le=MOST)]
+NotNegative = Annotated[int, Field(ge=0, le=MOST)]
+Few = Annotated[int, Field(gt=0, le=2**16)]  # what memory or time ends far below
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -34,7 +36,7 @@ class Data(Section):
     image_column: str = "image"  # of table and dataset
     text_column: str = "text"
     split: str = "train"  # of dataset
-    size: Positive = 64  # pixels of a side; with buckets, of a square of as many pixels
+    size: Annotated[int, Field(gt=0, le=8192)] = 64  # pixels of a side; with buckets, of a square of as many pixels
     bucket_step: NotNegative = 0  # sides are multiples of it and keep the picture's shape; 0 = squares only
     longest: Annotated[float, Field(ge=1)] = 2.0  # of a bucket: the long side over the short one
     crop: Literal["center", "random"] = "center"
@@ -43,7 +45,7 @@ class Data(Section):
     caption_dropout: Share = 0.1  # share of visits whose caption becomes the empty prompt, anew each visit
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of pictures never trained on, for the held-out loss
     window: NotNegative = 0  # shards that are shuffled together; 0 = all
-    workers: NotNegative = 0  # processes that decode pictures
+    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes that decode pictures
     cache_latents: bool = True  # encode each picture once, before training
     cache_text: bool = True  # encode each caption once, where the text encoders are frozen
     cache: Path | None = None  # where encoded pictures and captions are kept, for other runs too; None = out/cache
@@ -52,11 +54,11 @@ class Data(Section):
 class Text(Section):
     """The text encoder (CLIP structure) and the tokenizer learned from the captions."""
 
-    vocab_size: Positive = 4096
-    window: Annotated[int, Field(ge=4)] = 32  # tokens
-    width: Positive = 192
-    layers: Positive = 3
-    heads: Positive = 4
+    vocab_size: Annotated[int, Field(ge=514, le=2**20)] = 4096  # 514: each byte in and at the end of a word, two ends
+    window: Annotated[int, Field(ge=4, le=2**16)] = 32  # tokens
+    width: Few = 192
+    layers: Few = 3
+    heads: Few = 4
     token_std: Annotated[float, Field(gt=0)] = 0.5  # of fresh token embeddings
 
     @model_validator(mode="after")
@@ -69,7 +71,7 @@ class Text(Section):
 class Lora(Section):
     """Low-rank matrices beside frozen layers instead of training these (Hu et al. 2021)."""
 
-    rank: NotNegative = 0  # 0 = none
+    rank: Annotated[int, Field(ge=0, le=2**16)] = 0  # 0 = none
     alpha: Annotated[float, Field(gt=0)] | None = None  # None = the rank
     layers: tuple[str, ...] = (  # ends of the names of layers; the second line is what text encoders have
         "to_q", "to_k", "to_v", "to_out.0",
@@ -109,7 +111,7 @@ class Objective(Section):
     weighting: Literal["uniform", "min_snr", "soft_min_snr", "edm"] = "uniform"
     gamma: Annotated[float, Field(gt=0)] = 5.0  # of min_snr and soft_min_snr
     offset_noise: Annotated[float, Field(ge=0)] = 0.0  # deviation of a constant added to each channel's noise
-    noises: Positive = 1  # drawn per picture, of which the nearest to its latents is taken (immiscible diffusion)
+    noises: Few = 1  # drawn per picture, of which the nearest to its latents is taken (immiscible diffusion)
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6  # of the autoencoder phase, per latent value
 
 
@@ -144,7 +146,7 @@ class Validation(Section):
     every: NotNegative = 0  # pictures between held-out losses and sample grids; 0 = none
     prompts: tuple[str, ...] = ()
     seed: NotNegative = 0
-    bins: Positive = 8  # of noise level, for the held-out loss
+    bins: Few = 8  # of noise level, for the held-out loss
     pictures: Positive = 256  # at most so many of the held-out ones
 
 
@@ -154,13 +156,15 @@ class Recipe(Section):
     seed: NotNegative = 0
     resume: str = "auto"  # auto: from the newest sound checkpoint, if any; never; or a checkpoint's folder
     pictures: Positive  # how many are seen in the whole run
-    batch_size: Positive = 64  # pictures per optimizer step, over all processes and accumulation steps
+    batch_size: Annotated[int, Field(gt=0, le=2**24)] = (
+        64  # pictures per optimizer step, over all processes and accumulation steps
+    )
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
     checkpoint_every: Positive = 20_000  # pictures
-    keep: Annotated[int, Field(ge=2)] = 2  # checkpoints
+    keep: Annotated[int, Field(ge=2, le=MOST)] = 2  # checkpoints
     log_every: Positive = 1_000  # pictures
     log_samples: bool = False  # write which pictures each step saw to samples-RANK.jsonl
     trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...
@@ -177,6 +181,8 @@ class Recipe(Section):
         given = [name for name in ("folder", "shards", "table", "dataset") if getattr(data, name) is not None]
         if len(given) + (data.drawn > 0) != 1:
             raise ValueError("data: give one of folder, shards, table, dataset, or drawn (a number of shapes to draw)")
+        if self.pictures < self.batch_size:
+            raise ValueError(f"pictures {self.pictures} is less than batch_size {self.batch_size}: not one step")
         if self.validation.every and not self.validation.prompts and not data.held_out and self.phase != "autoencoder":
             raise ValueError("validation.every is set, but validation.prompts is empty and data.held_out is 0")
         if data.crop == "random" and data.cache_latents and self.phase != "autoencoder":
@@ -204,6 +210,10 @@ _MAY_CHANGE: dict[str, Any] = dict.fromkeys(
     ("out", "resume", "checkpoint_every", "keep", "log_every", "log_samples", "trackers", "validation", "compile",
      "gradient_checkpointing"), True
 ) | {"data": {"folder", "shards", "table", "dataset", "workers", "cache", "cache_latents", "cache_text"}}  # fmt: skip
+
+
+# Where pydantic's own words speak of Python.
+SAYS = {"extra_forbidden": "there is no such key", "missing": "it is missing", "tuple_type": "give a list, as [a, b]"}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -253,9 +263,7 @@ def _explain(error: ValidationError, tree: yaml.Node, overrides: Sequence[str]) 
     problems = []
     for item in error.errors():
         key = ".".join(map(str, item["loc"])) or "recipe"
-        says = (
-            "there is no such key" if item["type"] == "extra_forbidden" else item["msg"].removeprefix("Value error, ")
-        )
+        says = SAYS.get(item["type"], item["msg"].removeprefix("Value error, "))
         problems.append(f"{key}{_place(item['loc'], tree, overrides)}: {says}")
     return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
@@ -20,12 +21,21 @@ PATIENCE = timedelta(hours=6)
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do."""
-    accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do, and where the
+    processes do not meet."""
+    try:
+        accelerator = Accelerator(
+            mixed_precision=recipe.mixed_precision,
+            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except dist.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise GazeError(
+            f"the processes cannot meet at {place}: {str(error).splitlines()[0]}",
+            "another port (accelerate launch --main_process_port 29511) if something else has this one, and an "
+            "address of the first machine that the others reach",
+        ) from None
     check_precision(recipe.mixed_precision, accelerator.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:

@@ -84,7 +84,7 @@ def train(recipe: Recipe) -> Path:
                     metrics.log(run.seen, **means, **scale_of(run.scaler))
                     run.interval.begin()
                 if due(recipe.ema.snapshots_every):
-                    run.powers.store(recipe.out / "snapshots", run.seen, run.state["identity"], processes.first)
+                    run.snapshot()
                 lap("trainer")
                 if due(recipe.validation.every) and not stopping:
                     with gathered(run.phase.module):

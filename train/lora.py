@@ -39,13 +39,19 @@ def layers(networks: Mapping[str, nn.Module], lora: Lora) -> list[str]:
 
 def attach(networks: Mapping[str, nn.Module], chosen: Iterable[str], lora: Lora) -> None:
     """Puts fresh matrices beside the chosen layers, names as of `layers`; as yet they change no output. All else is
-    frozen, to the bit. Raises GazeError when peft is not installed."""
+    frozen, to the bit. Raises GazeError for a rank above a layer's own, and when peft is not installed."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
         raise GazeError("model.lora needs peft, which is not installed", 'pip install "gaze-diffusion[lora]"') from None
     chosen = list(chosen)
     for part, network in networks.items():
+        for name, layer in network.named_modules():
+            if f"{part}.{name}" in chosen and lora.rank > (most := min(layer.weight.flatten(1).shape)):
+                raise GazeError(
+                    f"model.lora.rank is {lora.rank}, but {part}.{name} is a matrix of rank {most} at most",
+                    f"model.lora.rank={most}, or less",
+                )
         network.requires_grad_(False)
         own = [name.removeprefix(f"{part}.") for name in chosen if name.startswith(f"{part}.")]
         if own:

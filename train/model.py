@@ -75,7 +75,11 @@ def open_model(options: config.Model) -> Model:
     try:
         model = load_model(str(options.init_from))
     except GazeError as error:
-        hint = "a tokenizer/ folder beside the file" if "--tokenizer" in error.hint else error.hint
+        hint = (
+            "a tokenizer/ folder beside the file"
+            if "--tokenizer" in error.hint
+            else error.hint.partition(", or leave --")[0]
+        )
         raise GazeError(f"model.init_from: {error.problem}", hint) from None
     if model.inpaints:
         raise GazeError(

@@ -105,6 +105,15 @@ class Run:
         self.averages.update(self.seen, self.recipe.batch_size)
         self.powers.update(self.seen, self.recipe.batch_size)
 
+    def snapshot(self) -> None:
+        """Stores the averages for later ones; where that fails, with a warning."""
+        try:
+            self.powers.store(self.recipe.out / "snapshots", self.seen, self.state["identity"], self.processes.first)
+        except OSError as error:
+            warnings.warn(
+                f"the snapshot of picture {self.seen} cannot be written: {error}; the run goes on", stacklevel=2
+            )
+
     def save(self, last: bool) -> None:
         """Writes a checkpoint. last: that it fails is an error at once, for no later one would make it good."""
         tensors = {"model": trained(self.phase.module), "ema": self.averages.state_dict()}

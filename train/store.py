@@ -49,13 +49,19 @@ def as_keys(keys: Iterable[bytes]) -> np.ndarray:
 class Store:
     """A folder of items, the same for all processes, which must be here together; several runs may share it.
 
-    Takes 24 bytes of memory per item. Damaged files are removed with a warning.
+    Takes 24 bytes of memory per item. Damaged files are removed with a warning. Raises GazeError for a folder that
+    cannot be made.
     """
 
     def __init__(self, folder: Path, processes: Processes):
         self.folder, self.processes = folder, processes
         if processes.first:
-            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise GazeError(
+                    f"{folder} cannot be made: {error.strerror}", "another place with data.cache=DIR"
+                ) from None
             _remove_leftovers(folder)
         # One process lists the files for all: others, or later, might see more of them.
         names = processes.gather(sorted(path.name for path in folder.glob("*.safetensors")))[0]

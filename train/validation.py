@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from PIL import Image
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from pipelines.sheet import grid
 
 from .config import Recipe
 from .ema import EMA
+from .memory import is_lack_of_memory
 from .metrics import Metrics
 from .processes import Processes
 
@@ -160,7 +161,7 @@ def _attempt(compute: Callable[[int], Any], number: int) -> tuple[Any, bool]:
     try:
         return compute(number), True
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+        if not is_lack_of_memory(error):
             raise
     clear_device_cache(garbage_collection=True)  # here, where the error no longer holds what it was computing
     return None, False

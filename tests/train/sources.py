@@ -64,7 +64,7 @@ def key(content: bytes) -> str:
 
 def recipe_of(batch_size: int = 8, accumulation: int = 1, seed: int = 0, **data: object) -> Recipe:
     return Recipe.model_validate(
-        {"phase": "diffusion", "out": "none", "pictures": 1, "seed": seed, "batch_size": batch_size,
+        {"phase": "diffusion", "out": "none", "pictures": 1000, "seed": seed, "batch_size": batch_size,
          "gradient_accumulation_steps": accumulation,
          "data": {"folder": "none", "size": 16, "caption_dropout": 0, "cache_latents": False} | data}
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """The recipe: defaults < file < command line, and what is said of a wrong one."""
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def test_an_override_is_named_where_it_replaces_a_line(minimal):
     [
         ("pictures=many", "pictures"),
         ("pictures=0", "pictures"),
+        ("pictures=3", "pictures 3 is less than batch_size 64"),
+        ("pictures=99999999999999999999", "pictures"),
+        ("seed=99999999999999999999", "seed"),
+        ("validation.seed=99999999999999999999", "validation.seed"),
+        ("data.size=1000000", "data.size"),
+        ("data.workers=100000", "data.workers"),
+        ("model.text.vocab_size=5", "model.text.vocab_size"),
+        ("model.text.vocab_size=100000000000", "model.text.vocab_size"),
+        ("validation.bins=1000000", "validation.bins"),
+        ("trackers=tensorboard", "trackers (on the command line): give a list, as [a, b]"),
         ("batch_size=2.5", "batch_size"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate"),
         ("optimizer.learning_rate=.nan", "optimizer.learning_rate"),
@@ -90,7 +101,7 @@ def test_an_override_is_named_where_it_replaces_a_line(minimal):
     ],
 )
 def test_a_wrong_value_is_named(minimal, override, key):
-    with pytest.raises(GazeError, match=key.replace("[", r"\[")):
+    with pytest.raises(GazeError, match=re.escape(key)):
         load_recipe(minimal, [override])
 
 

@@ -48,7 +48,6 @@ ELSEWHERE = {
     "data.held_out": "test_stream::test_the_parts_share_the_pictures_by_their_content",
     "data.cache_latents": "test_cache::test_cached_or_not_gives_the_same_bits",
     "data.cache_text": "test_cache::test_states_of_captions_cached_or_not_are_the_same_bits",
-    "data.cache": "test_cache::test_they_are_encoded_once_for_all_runs",
     "model.init_from": "test_finetune::test_only_what_patterns_name_is_trained_averaged_and_kept",
     "model.train": "test_finetune::test_only_what_patterns_name_is_trained_averaged_and_kept",
     "model.lora.rank": "test_lora_training::test_the_base_is_frozen_to_the_bit_and_nothing_of_it_is_kept",
@@ -212,6 +211,13 @@ def _(run, places):
         patch.setattr(torch.utils.data.DataLoader, "__init__", alone)
         next(load(recipe, open_phase(recipe)[0], 0, Processes()))
     assert asked == [3, 3, 3], "looking at pictures, encoding them, training"
+
+
+@shows("data.cache")
+def _(run, places):
+    kept = places.folder / "kept"
+    diffusion(places, data={"cache": kept})
+    assert [path.name.split("-")[0] for path in kept.iterdir()] == ["latents"]
 
 
 @shows("objective.kl_weight")

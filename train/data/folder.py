@@ -22,7 +22,8 @@ class Folder(Listed):
     def __init__(self, root: str | Path):
         self.root = Path(root)
         if not self.root.is_dir():
-            raise GazeError(f"data folder {str(root)!r} does not exist", "check data.folder")
+            problem = "is no folder" if self.root.exists() else "does not exist"
+            raise GazeError(f"data folder {str(root)!r} {problem}", "check data.folder")
         metadata = self.root / "metadata.jsonl"
         found = _from_metadata(metadata) if metadata.is_file() else _from_text_files(self.root)
         if not found:
