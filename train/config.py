@@ -262,9 +262,9 @@ def _explain(error: ValidationError, tree: yaml.Node, overrides: Sequence[str]) 
     """Each problem with its key and where that stands."""
     problems = []
     for item in error.errors():
-        key = ".".join(map(str, item["loc"])) or "recipe"
+        key = ".".join(map(str, item["loc"]))
         says = SAYS.get(item["type"], item["msg"].removeprefix("Value error, "))
-        problems.append(f"{key}{_place(item['loc'], tree, overrides)}: {says}")
+        problems.append(f"{key}{_place(item['loc'], tree, overrides)}: {says}" if key else says)
     return "; ".join(problems[:3]) + (f" and {len(problems) - 3} more" if len(problems) > 3 else "")
 
 

@@ -33,6 +33,8 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "
              "prediction_type": "v_prediction", "timestep_spacing": "trailing",
              "steps_offset": 1, "clip_sample": False}  # fmt: skip
 
+OF_BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"}
+
 
 class Predict(nn.Module):
     """One call for Accelerate to wrap: (x, timestep, text) -> the U-Net's output. Frozen text encoders are not part of
@@ -112,9 +114,15 @@ def fresh_model(recipe: config.Recipe, captions: Iterable[str]) -> Model:
 
 def overridden(scheduler: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """A scheduler_config.json with the recipe's own options in it; these alone where they make another kind of model,
-    because the kinds have no options in common."""
+    because the kinds have no options in common. Raises GazeError for one that the kind does not know."""
     both = {**scheduler, **own}
-    return both if kind_of(both) == kind_of(scheduler) else own
+    kind = kind_of(both)
+    spare = [option for option in own if option in OF_BETAS]
+    if kind != kind_of(SCHEDULER) and spare:
+        raise GazeError(
+            f"model.scheduler.{spare[0]} is of a schedule of betas, and a model of {kind} has none", "leave it out"
+        )
+    return both if kind == kind_of(scheduler) else own
 
 
 def suggested(options: config.Model) -> dict[str, Any]:

@@ -228,6 +228,9 @@ def test_a_schedule_of_another_kind_has_its_own_options_alone(make):
     assert make(model={"scheduler": FLOW})[0].model.schedule.config == FLOW
     assert make(model={"scheduler": EDM})[0].model.schedule.config == EDM
     assert make(model={"scheduler": {"beta_end": 0.02}})[0].model.schedule.config["beta_start"] == 0.00085
+    for options, kind in ((FLOW, "flow"), (EDM, "edm")):
+        with pytest.raises(GazeError, match=rf"model\.scheduler\.beta_end is of a schedule of betas, and a.*{kind}"):
+            make(model={"scheduler": {**options, "beta_end": 0.02}})
     with pytest.raises(GazeError, match="use_flow_sigmas and prediction_type 'flow_prediction' together"):
         make(model={"scheduler": {"prediction_type": "flow_prediction"}})
 
