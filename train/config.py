@@ -230,7 +230,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise GazeError(f"recipe {str(path)!r} cannot be read: {error.strerror}", "one of configs/") from None
     except Exception as error:  # PyYAML has its own errors for syntax, but any for a value such as 2001-99-99
         raise GazeError(f"recipe {path} is not YAML: {error}", "check the line that the message names") from None
-    if not isinstance(values, dict):
+    if not isinstance(values, dict) or tree is None:
         raise GazeError(f"recipe {path} holds no keys", "start from a recipe in configs/")
     if twice := _twice(tree):
         line = twice.start_mark.line + 1
