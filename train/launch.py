@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
@@ -18,6 +19,10 @@ from .processes import Processes
 # one of them is gone is found sooner (company.py).
 PATIENCE = timedelta(hours=6)
 
+# DDP's reducer, were it the last to let go of a process group, would wait, holding Python's lock, for a thread of that
+# group that needs this lock. So a process keeps its groups to its end.
+_GROUPS: list[dist.ProcessGroup | None] = []
+
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do."""
@@ -26,6 +31,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         gradient_accumulation_steps=recipe.gradient_accumulation_steps,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
+    if accelerator.num_processes > 1:
+        _GROUPS.append(dist.group.WORLD)
     check_precision(recipe.mixed_precision, accelerator.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
