@@ -1,8 +1,13 @@
 """What tests share: a small model, and the command line."""
 
+import os
 import sys
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # several work side by side, and torch would give each all cores
+    os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 from pipelines import TextToImage

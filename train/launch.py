@@ -19,6 +19,10 @@ from .processes import Processes
 # one of them is gone is found sooner (company.py).
 PATIENCE = timedelta(hours=6)
 
+# DDP's reducer, were it the last to let go of a process group, would wait, holding Python's lock, for a thread of that
+# group that needs this lock. So a process keeps its groups to its end.
+_GROUPS: list[dist.ProcessGroup | None] = []
+
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do, and where the
@@ -36,6 +40,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "another port (accelerate launch --main_process_port 29511) if something else has this one, and an "
             "address of the first machine that the others reach",
         ) from None
+    if accelerator.num_processes > 1:
+        _GROUPS.append(dist.group.WORLD)
     check_precision(recipe.mixed_precision, accelerator.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:

@@ -9,12 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 import yaml
+from accelerate.state import AcceleratorState
 
 from diffusion.errors import GazeError
 from pipelines.launch import start_the_others
 from tests.train.tiny import (
+    PROCESSES,
     difference,
+    free_port,
     make_pictures,
     make_vae,
     newest_files,
@@ -25,6 +30,9 @@ from tests.train.tiny import (
     weights,
 )
 from train.company import EXIT_CODE
+from train.config import Recipe
+from train.launch import make_accelerator
+from train.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,6 +142,35 @@ def test_the_command_under_accelerate(tmp_path, data, vae):
     assert done.stderr.splitlines()[0].startswith("16/16 pictures  loss"), done.stderr
     assert len(done.stderr.splitlines()) == 1, done.stderr
     assert json.loads(newest_files(tmp_path / "run")["manifest.json"])["processes"] == 2
+
+
+def leave_often(rank: int, port: int) -> None:
+    os.environ |= {"WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0)
+    torch.set_num_threads(1)
+    for number in range(100):
+        run_and_leave(dist.PrefixStore(str(number), store), rank)
+
+
+def run_and_leave(store: dist.Store, rank: int) -> None:
+    """What a run does with Accelerate and DDP."""
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = make_accelerator(Recipe(phase="text", out=".", pictures=1, data={"drawn": 1}))
+    module = accelerator.prepare(torch.nn.Linear(2000, 200))
+    module(torch.ones(1, 2000)).sum().backward()
+    Processes(rank, 2).wait()
+    accelerator.end_training()
+
+
+def test_processes_leave_a_run_without_waiting_for_ever():
+    """They did, one time in fifty: the reducer in `module` and a thread of the group waited for each other."""
+    port = free_port()
+    processes = [PROCESSES.Process(target=leave_often, args=(rank, port)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    assert finish(processes) == [0, 0]
 
 
 def test_a_launcher_that_cannot_say_how_many_is_answered(tmp_path, monkeypatch):
