@@ -5,12 +5,21 @@ from __future__ import annotations
 import os
 from datetime import timedelta
 
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import nn
 
 from diffusion.errors import GazeError
 
+from . import zero
 from .config import Recipe
+from .optimizer import make_optimizer
 from .precision import check_precision
 from .processes import Processes
 
@@ -21,20 +30,35 @@ PATIENCE = timedelta(hours=6)
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do."""
+    partitioned = zero.zero_plugin(recipe) if zero.wanted() else None
     accelerator = Accelerator(
-        mixed_precision=recipe.mixed_precision,
-        gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+        mixed_precision="no" if partitioned else recipe.mixed_precision,
+        # As a number it would give way to the launcher's.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation_steps),
+        deepspeed_plugin=partitioned,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     check_precision(recipe.mixed_precision, accelerator.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate offers FSDP on accelerators only, torch on a CPU as well: so sharding can be tried without a GPU.
-        accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate shards on accelerators only, torch and DeepSpeed on a CPU too: so it can be tried without a GPU.
+        for shared in (accelerator.state._shared_state, PartialState._shared_state) if sharded or partitioned else ():
+            shared["distributed_type"] = DistributedType.FSDP if sharded else DistributedType.DEEPSPEED
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin() if sharded else None
+        accelerator.state.deepspeed_plugins = partitioned
+    if partitioned and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise GazeError("DeepSpeed is asked for on the CPU, with one process", "python -m train CONFIG, without it")
     if sharded and not accelerator.is_fsdp2 and accelerator.num_processes > 1:
         raise GazeError("FSDP version 1 is asked for", "fsdp_version: 2, as in configs/accelerate/fsdp.yaml")
     return accelerator
+
+
+def prepared(accelerator: Accelerator, recipe: Recipe, module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The module, wrapped for what the processes share, and its optimizer."""
+    optimizer = make_optimizer(module, recipe.optimizer)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return zero.prepare(accelerator, recipe, module, optimizer)
+    return accelerator.prepare(module, optimizer)
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
