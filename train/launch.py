@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -26,6 +27,8 @@ from .processes import Processes
 # Longest that an operation over all processes may take: the first may write and encode for long while others wait. That
 # one of them is gone is found sooner (company.py).
 PATIENCE = timedelta(hours=6)
+# Parts that are called as modules and hold most of the weights; the U-Net reads the others (time, text) directly.
+BLOCKS = {"Conv2d", "FeedForward"}
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -55,10 +58,29 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 def prepared(accelerator: Accelerator, recipe: Recipe, module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The module, wrapped for what the processes share, and its optimizer."""
+    if accelerator.is_fsdp2 and recipe.optimizer.name == "adamw_8bit":
+        raise GazeError(
+            "optimizer.name=adamw_8bit does not go with FSDP2, which cuts through its blocks of numbers",
+            "adamw, or muon; or all on each device, configs/accelerate/8-gpus.yaml",
+        )
     optimizer = make_optimizer(module, recipe.optimizer)
+    if accelerator.is_fsdp2:
+        _name_blocks(accelerator.state.fsdp_plugin, module)
+        # It warns of views that are changed in place; the networks change nothing in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return zero.prepare(accelerator, recipe, module, optimizer)
     return accelerator.prepare(module, optimizer)
+
+
+def _name_blocks(plugin: FullyShardedDataParallelPlugin, module: nn.Module) -> None:
+    """Tells FSDP2 by which parts to gather the module, unless the launcher has."""
+    there = {type(part).__name__ for part in module.modules()}
+    for name in plugin.transformer_cls_names_to_wrap or ():
+        if name not in there:
+            raise GazeError(f"fsdp_transformer_layer_cls_to_wrap has {name}, which is no part of what trains",
+                            f"leave it out, for {', '.join(sorted(BLOCKS & there)) or 'all in one'}")  # fmt: skip
+    module._no_split_modules = sorted(BLOCKS & there)  # type: ignore[assignment]  # as transformers names it
 
 
 def processes_of(accelerator: Accelerator) -> Processes:
