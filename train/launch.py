@@ -7,6 +7,7 @@ import warnings
 from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedType,
@@ -32,15 +33,24 @@ BLOCKS = {"Conv2d", "FeedForward"}
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do."""
+    """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do, and
+    when the processes cannot meet."""
     partitioned = zero.zero_plugin(recipe) if zero.wanted() else None
-    accelerator = Accelerator(
-        mixed_precision="no" if partitioned else recipe.mixed_precision,
-        # As a number it would give way to the launcher's.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation_steps),
-        deepspeed_plugin=partitioned,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-    )
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no" if partitioned else recipe.mixed_precision,
+            # As a number it would give way to the launcher's.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation_steps),
+            deepspeed_plugin=partitioned,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except dist.DistNetworkError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise GazeError(
+            f"the processes cannot meet at {place}: {' '.join(str(error).split())[:200]}",
+            "where the port is in use, another one: --main_process_port of accelerate, --master-port of torchrun, or "
+            "MASTER_PORT; see docs/many-gpus.md",
+        ) from None
     check_precision(recipe.mixed_precision, accelerator.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
