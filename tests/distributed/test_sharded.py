@@ -110,3 +110,10 @@ def test_two_share_out_what_one_began(alone, tmp_path, recipe, way):
     out = gone_back(alone, tmp_path)
     assert finish(start_two(recipe(out), **way)) == [0, 0]
     same_weights(out, alone, 1e-6)
+
+
+def test_what_is_not_finite_stops_both_before_the_step(recipe, tmp_path, way, capfd):
+    bad = recipe(tmp_path, optimizer={"learning_rate": 1e30, "warmup": 0}, checkpoint_every=8)
+    assert finish(start_two(bad, **way)) == [1, 1]
+    assert "pictures 8 to 15 is not finite" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["000000000008"]
