@@ -59,10 +59,10 @@ def prepare(
     """What `accelerator.prepare` gives, such that the step is made by the optimizer's `step` and not by `backward`."""
     config = accelerator.deepspeed_plugin.deepspeed_config
     steps = recipe.gradient_accumulation_steps * accelerator.num_processes
-    config["train_micro_batch_size_per_gpu"] = recipe.batch_size // steps
+    config["train_micro_batch_size_per_gpu"] = max(recipe.batch_size // steps, 1)  # what does not divide is said later
     if recipe.mixed_precision == "bf16":  # DeepSpeed's own would round the weights
         half = torch.autocast(accelerator.device.type, torch.bfloat16)
-        module.forward = convert_outputs_to_fp32(half(module.forward))  # type: ignore[method-assign]
+        module.forward = convert_outputs_to_fp32(half(module.forward))
     groups = [list(group["params"]) for group in optimizer.param_groups]
     engine, _ = accelerator.prepare(module, optimizer)
     accelerator.deepspeed_engine_wrapped = _Backward(engine)
@@ -79,7 +79,7 @@ def follow_weights(optimizer: object) -> None:
 class _Backward(DeepSpeedEngineWrapper):
     """Accelerate's makes the step within `backward`, before anyone has seen whether the gradient is finite."""
 
-    def backward(self, loss: Tensor, sync_gradients: bool = True) -> None:  # type: ignore[override]
+    def backward(self, loss: Tensor, sync_gradients: bool = True) -> None:
         self.engine.set_gradient_accumulation_boundary(is_boundary=sync_gradients)
         self.engine.backward(loss)
 
