@@ -35,6 +35,11 @@ def zero_plugin(recipe: Recipe) -> DeepSpeedPlugin:
     together."""
     if not is_deepspeed_available():
         raise GazeError("DeepSpeed is asked for and not installed", "pip install 'gaze-diffusion[deepspeed]'")
+    if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
+        raise GazeError(
+            "deepspeed_config_file has settings that are the recipe's, such as clipping and precision",
+            "zero_stage in Accelerate's own file, as in configs/accelerate/zero2.yaml",
+        )
     plugin = DeepSpeedPlugin(gradient_accumulation_steps=recipe.gradient_accumulation_steps,
                              gradient_clipping=recipe.optimizer.clip)  # fmt: skip
     if plugin.zero_stage == 0:

@@ -90,6 +90,7 @@ def test_a_port_in_use_is_named(fresh_state, tmp_path):
     [
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, {}, "FSDP2 only"),
         ({"ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}, {}, "shares nothing out"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "mine.json"}, {}, "deepspeed_config_file has settings"),
         ({"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, {}, "another AdamW"),
         ({}, {"optimizer": {"name": "muon"}}, "optimizer.name=muon does not go with DeepSpeed"),
         ({}, {"optimizer": {"name": "adamw_8bit"}}, "optimizer.name=adamw_8bit does not go with DeepSpeed"),
