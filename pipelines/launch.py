@@ -26,16 +26,30 @@ def start_the_others(module: str, words: list[str]) -> None:
     several_on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_PORT" in os.environ
     if not several_on_cpu or any(count in os.environ for count in COUNTS):
         return
-    # The launcher tells where to meet, but not how many; its command line does.
+    # The launcher tells where to meet, but not how many; its command line does, or the file that it names.
     launcher = subprocess.run(["ps", "-o", "args=", "-p", str(os.getppid())], capture_output=True, text=True).stdout
-    asked = re.search(r"--num[-_]processes[= ](\d+)", launcher)
-    if "accelerate" not in launcher or not asked:
+    asked = _asked_for(launcher) if "accelerate" in launcher else 0
+    if asked < 1:
         raise GazeError(
             "accelerate starts several processes on the CPU only over MPI",
             f"ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 -m {module} {' '.join(words)}",
         )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", asked[1]]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(asked)]
     os.execv(sys.executable, [*torchrun, "-m", module, *words])
+
+
+def _asked_for(launcher: str) -> int:
+    """How many processes a command line of `accelerate launch` asks for, itself or by its file; 0 when neither says."""
+    number = re.search(r"--num[-_]processes[= ](\d+)", launcher)
+    if number:
+        return int(number[1])
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    file = re.search(r"--config[-_]file[= ](\S+)", launcher)
+    try:
+        return load_config_from_file(file[1] if file else None).num_processes  # without a name, accelerate's own
+    except OSError:  # its name has a space
+        return 0
 
 
 def end_with_the_launcher() -> None:

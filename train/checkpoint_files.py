@@ -21,12 +21,12 @@ from typing import Any, TypeVar
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from diffusion.errors import GazeError
 from diffusion.files import TYPES
 
 from .processes import Processes
+from .sharding import whole
 
 FORMAT = 2
 FIRST = 1  # the format whose manifest does not vouch for itself
@@ -84,13 +84,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def own_share(tensors: Tensors, processes: Processes) -> Tensors:
     """The tensors that this process writes, whole and on the CPU. All gather together, one tensor at a time."""
-    flat = {(stem, name): value.detach() for stem, values in tensors.items() for name, value in values.items()}
+    flat = {(stem, name): value for stem, values in tensors.items() for name, value in values.items()}
     owner = _shares({key: _bytes(value) for key, value in flat.items()}, processes.count)
     own: Tensors = {stem: {} for stem in tensors}
     for (stem, name), value in sorted(flat.items(), key=lambda item: item[0]):
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        all_of_it = whole(value)
         if owner[stem, name] == processes.rank:
-            own[stem][name] = whole.cpu().contiguous()
+            own[stem][name] = all_of_it.detach().cpu().contiguous()
     return own
 
 

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+)
+from torch import nn
 
 from diffusion.errors import GazeError
 
+from . import zero
 from .config import Recipe
+from .optimizer import make_optimizer
 from .precision import check_precision
 from .processes import Processes
 
 # Longest that an operation over all processes may take: the first may write and encode for long while others wait. That
 # one of them is gone is found sooner (company.py).
 PATIENCE = timedelta(hours=6)
+# Parts that are called as modules and hold most of the weights; the U-Net reads the others (time, text) directly.
+BLOCKS = {"Conv2d", "FeedForward"}
 
 # DDP's reducer, were it the last to let go of a process group, would wait, holding Python's lock, for a thread of that
 # group that needs this lock. So a process keeps its groups to its end.
@@ -25,32 +37,66 @@ _GROUPS: list[dist.ProcessGroup | None] = []
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do, and where the
-    processes do not meet."""
+    """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do, and
+    when the processes cannot meet."""
+    partitioned = zero.zero_plugin(recipe) if zero.wanted() else None
     try:
         accelerator = Accelerator(
-            mixed_precision=recipe.mixed_precision,
-            gradient_accumulation_steps=recipe.gradient_accumulation_steps,
+            mixed_precision="no" if partitioned else recipe.mixed_precision,
+            # As a number it would give way to the launcher's.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation_steps),
+            deepspeed_plugin=partitioned,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
     except dist.DistNetworkError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise GazeError(
-            f"the processes cannot meet at {place}: {str(error).splitlines()[0]}",
-            "another port (accelerate launch --main_process_port 29511) if something else has this one, and an "
-            "address of the first machine that the others reach",
+            f"the processes cannot meet at {place}: {' '.join(str(error).split())[:200]}",
+            "where the port is in use, another one: --main_process_port of accelerate, --master-port of torchrun, or "
+            "MASTER_PORT; see docs/many-gpus.md",
         ) from None
     if accelerator.num_processes > 1:
         _GROUPS.append(dist.group.WORLD)
     check_precision(recipe.mixed_precision, accelerator.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Accelerate offers FSDP on accelerators only, torch on a CPU as well: so sharding can be tried without a GPU.
-        accelerator.state._shared_state["distributed_type"] = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+    if accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # Accelerate shards on accelerators only, torch and DeepSpeed on a CPU too: so it can be tried without a GPU.
+        for shared in (accelerator.state._shared_state, PartialState._shared_state) if sharded or partitioned else ():
+            shared["distributed_type"] = DistributedType.FSDP if sharded else DistributedType.DEEPSPEED
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin() if sharded else None
+        accelerator.state.deepspeed_plugins = partitioned
+    if partitioned and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        raise GazeError("DeepSpeed is asked for on the CPU, with one process", "python -m train CONFIG, without it")
     if sharded and not accelerator.is_fsdp2 and accelerator.num_processes > 1:
         raise GazeError("FSDP version 1 is asked for", "fsdp_version: 2, as in configs/accelerate/fsdp.yaml")
     return accelerator
+
+
+def prepared(accelerator: Accelerator, recipe: Recipe, module: nn.Module) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The module, wrapped for what the processes share, and its optimizer."""
+    if accelerator.is_fsdp2 and recipe.optimizer.name == "adamw_8bit":
+        raise GazeError(
+            "optimizer.name=adamw_8bit does not go with FSDP2, which cuts through its blocks of numbers",
+            "adamw, or muon; or all on each device, configs/accelerate/8-gpus.yaml",
+        )
+    optimizer = make_optimizer(module, recipe.optimizer)
+    if accelerator.is_fsdp2:
+        _name_blocks(accelerator.state.fsdp_plugin, module)
+        # It warns of views that are changed in place; the networks change nothing in place.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return zero.prepare(accelerator, recipe, module, optimizer)
+    return accelerator.prepare(module, optimizer)
+
+
+def _name_blocks(plugin: FullyShardedDataParallelPlugin, module: nn.Module) -> None:
+    """Tells FSDP2 by which parts to gather the module, unless the launcher has."""
+    there = {type(part).__name__ for part in module.modules()}
+    for name in plugin.transformer_cls_names_to_wrap or ():
+        if name not in there:
+            raise GazeError(f"fsdp_transformer_layer_cls_to_wrap has {name}, which is no part of what trains",
+                            f"leave it out, for {', '.join(sorted(BLOCKS & there)) or 'all in one'}")  # fmt: skip
+    module._no_split_modules = sorted(BLOCKS & there)  # type: ignore[assignment]  # as transformers names it
 
 
 def processes_of(accelerator: Accelerator) -> Processes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -114,7 +114,9 @@ def load_optimizer_tensors(
 
     Raises GazeError when the state is of another optimizer.
     """
-    _make_state(optimizer, names, {flat.rsplit(":", 1)[0] for flat in tensors})
+    if not optimizer.state:
+        saved = {flat.rsplit(":", 1)[0] for flat in tensors}
+        make_state(optimizer, [parameter for parameter, name in names.items() if name in saved])
     state = optimizer_tensors(optimizer, names)
     if state.keys() != tensors.keys():
         wrong = min(state.keys() ^ tensors.keys())
@@ -123,11 +125,12 @@ def load_optimizer_tensors(
         value.copy_(parted_like(value, tensors[name]))
 
 
-def _make_state(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], wanted: set[str]) -> None:
-    """Has the optimizer lay out its state, as it does in a first step: one of rate 0 and gradient 0 moves nothing."""
+def make_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Has the optimizer lay out its state of these parameters, as it does in a first step: one of rate 0 and gradient 0
+    moves nothing."""
     optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate's would ask its gradient scaler
-    for parameter, name in names.items():
-        parameter.grad = torch.zeros_like(parameter) if name in wanted else None
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     set_learning_rate(optimizer, 0.0)
     optimizer.step()
     optimizer.zero_grad()

@@ -31,11 +31,13 @@ from .data.source import Source
 from .data.stream import Sample, Stream
 from .ema import EMA
 from .interval import Interval
-from .optimizer import learning_rate, load_optimizer_tensors, make_optimizer, optimizer_tensors, set_learning_rate
+from .launch import prepared
+from .optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from .processes import Processes
 from .signals import shield
 from .snapshots import PowerAverages, reconstruct
 from .validation import Samples
+from .zero import follow_weights
 
 
 class Phase(Protocol):
@@ -138,7 +140,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     if recipe.gradient_checkpointing:
         recompute(phase.module)
     checkpoints = Checkpoints(recipe.out / "checkpoints", recipe.keep, processes)
-    module, optimizer = accelerator.prepare(phase.module, make_optimizer(phase.module, recipe.optimizer))
+    module, optimizer = prepared(accelerator, recipe, phase.module)
     averages = EMA(phase.module, recipe.ema.half_life)
     powers = PowerAverages(phase.module, recipe.ema.widths if recipe.ema.snapshots_every else ())
     run = Run(recipe, processes, source, phase, module, optimizer, averages, powers, checkpoints, state,
@@ -200,6 +202,7 @@ def resume(run: Run) -> None:
         return
     tensors, state = load_checkpoint(found, run.state)
     load_trained(run.phase.module, tensors["model"])
+    follow_weights(run.optimizer)
     run.averages.load_state_dict(tensors["ema"])
     run.powers.load_state_dict(tensors.get("powers", {}))
     load_optimizer_tensors(run.optimizer, run.names, tensors["optimizer"])

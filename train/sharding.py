@@ -1,4 +1,5 @@
-"""Tensors that lie in parts on several processes (FSDP2's DTensor), seen whole and set from whole ones."""
+"""Tensors that lie in parts on several processes (FSDP2's DTensor, a piece of zero.py), seen whole and set from whole
+ones."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def whole(tensor: Tensor) -> Tensor:
     """All of the tensor, on every process; a tensor that is not in parts as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def parted_like(like: Tensor, value: Tensor) -> Tensor:

@@ -136,10 +136,10 @@ def start(recipe: Recipe, **environment: str) -> Any:
     return process
 
 
-def start_two(recipe: Recipe) -> list[Any]:
+def start_two(recipe: Recipe, **environment: str) -> list[Any]:
     """Two processes that train together, told of each other as `accelerate launch --cpu` tells them."""
     together = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    together |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    together |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
     return [start(recipe, **together, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in (0, 1)]
 
 
