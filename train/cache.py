@@ -49,7 +49,7 @@ class Latents:
     def __init__(self, recipe: Recipe, stream: Stream, processes: Processes, autoencoder: Autoencoder):
         self.seed, self.stream, self.device = recipe.seed, stream, processes.device
         self.autoencoder, self.few = autoencoder.to(self.device), _at_once(self.device)
-        pack(self.autoencoder)
+        pack(self.autoencoder.encoder)
         check_size(recipe.data, autoencoder.factor)
         self.store: Store | None = None
         if recipe.data.cache_latents:
