@@ -66,8 +66,13 @@ def run(words: list[str]) -> int:
     config, *overrides = words
     recipe = load_recipe(config, [flags.get(word, word) for word in overrides])
     start_the_others("train", words)
+    import torch
+
+    from .allocator import keep_memory
     from .loop import Stopped, train
 
+    if not torch.accelerator.is_available():
+        keep_memory()
     try:
         folder = train(recipe)
     except Stopped as stopped:

@@ -10,7 +10,6 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, In
 
 from diffusion.errors import GazeError
 
-from .allocator import keep_memory
 from .config import Recipe
 from .precision import check_precision
 from .processes import Processes
@@ -28,8 +27,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     check_precision(recipe.mixed_precision, accelerator.device)
-    if accelerator.device.type == "cpu":
-        keep_memory()
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if sharded and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # Accelerate offers FSDP on accelerators only, torch on a CPU as well: so sharding can be tried without a GPU.

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tests.train.tiny import run_one_step, tiny_recipe
+from train import __main__ as command
 from train.allocator import keep_memory
 
 SIZE = 64 * 2**20  # bytes
@@ -26,8 +26,13 @@ def test_the_kernel_is_asked_for_memory_once():
     assert faults() < SIZE // resource.getpagesize() / 10, "each time all of them, without"
 
 
-def test_a_run_on_a_cpu_does_so(tmp_path, monkeypatch):
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_command_does_so_on_a_cpu_alone(tmp_path, monkeypatch, gpu):
     called = []
-    monkeypatch.setattr("train.launch.keep_memory", lambda: called.append(True))
-    assert run_one_step(tiny_recipe(tmp_path / "run", None, data={"drawn": 16})) == 8
-    assert called
+    monkeypatch.setattr("train.allocator.keep_memory", lambda: called.append(True))
+    monkeypatch.setattr("train.loop.train", lambda recipe: recipe.out)
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("phase: autoencoder\nout: run\npictures: 8\ndata: {drawn: 8}\n")
+    assert command.run([str(recipe)]) == 0
+    assert called == [True] * (not gpu)
