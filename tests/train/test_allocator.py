@@ -13,11 +13,14 @@ SIZE = 64 * 2**20  # bytes
 
 
 def faults() -> int:
-    """Pages that the kernel had to give for a tensor, after ones like it were there and went."""
-    for _ in range(2):
+    """The fewest pages that the kernel had to give for a tensor, of several one after the other."""
+
+    def pages() -> int:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         torch.ones(SIZE // 4)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    return min(pages() for _ in range(8))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
