@@ -4,8 +4,8 @@
 
 PROGRAM: a script, or a module as after `python -m`. OUT.json holds lists, an item per step: "ends", seconds of the
 clock; "cpu", seconds of all threads together; "parts", with --parts before PROGRAM, seconds by what they went into:
-forward (of modules called from outside any other), backward, optimizer, clip, ema (ours). CPU only: a call that has
-returned has ended.
+forward (of modules called from outside any other), backward, optimizer, clip, ema (ours). A step ends when the GPU has
+ended it, where there is one; parts are for the CPU, where a call that has returned has ended.
 """
 
 import atexit
@@ -58,6 +58,8 @@ def watch_forward() -> None:
 
 
 def step_ended(stepped: Any, *_: Any) -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     spent["optimizer"] = time.perf_counter() - begun[0]
     ends.append(time.perf_counter())
     cpu.append(time.process_time())

@@ -1,6 +1,7 @@
 """Training throughput: here against diffusers' script, of two processes against one, and where a step's time goes.
 
-    python benchmarks/training.py peer SCRIPT [--python PYTHON] [--size small|medium] [--rounds 5] [--batch 8]
+    python benchmarks/training.py peer SCRIPT [--python PYTHON] [--size small|medium|large] [--rounds 5] [--batch 8]
+    python benchmarks/training.py gpu SCRIPT [--python PYTHON] [--batch 32]
     python benchmarks/training.py processes [...]
     python benchmarks/training.py share [...]
 
@@ -9,11 +10,15 @@ that has what the script imports beyond our needs (datasets, torchvision); defau
 
 Each run is a process of its own; sides take turns (A B C A B C ...), and a ratio is of two runs of one round. Same
 U-Net from the same fresh weights, the same autoencoder and text encoder, both frozen, drawn pictures, AdamW with the
-same rate, betas, eps, decay and clip, an average of the weights, one process on the CPU. Pictures per second are over
-the steps after the first WARM: from the end of one optimizer step to the end of another, start and end of the run left
-out. CPU seconds stand beside those of the clock: other programs on the machine disturb them less. What is cached is
-computed before the first step and not counted. Differences that remain: we do not decay biases and norms, the averages'
-lengths differ, diffusers draws its noise from one generator and writes to TensorBoard.
+same rate, betas, eps, decay and clip, an average of the weights, one process. On the CPU, but for `gpu`: there the
+U-Net of Stable Diffusion 1.5 and an autoencoder of its structure, at 256 and at 512 pixels.
+
+Pictures per second are over the steps after the first WARM: from the end of one optimizer step to the end of another,
+start and end of the run left out. CPU seconds stand beside those of the clock: other programs on the machine disturb
+them less. What is cached is computed before the first step and not counted. Differences that remain: we do not decay
+biases and norms, the averages' lengths differ, diffusers draws its noise from one generator and writes to TensorBoard.
+`processes` has the same global batch on both sides; what two runs that know nothing of each other reach at once is the
+most that this machine gives.
 """
 
 import argparse
@@ -24,6 +29,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +41,21 @@ from diffusion.autoencoder import Autoencoder, AutoencoderConfig
 from diffusion.unet import UNet, UNetConfig
 from pipelines.text_to_image import DEFAULT_MODEL
 from tests.train.tiny import free_port, merged
+from train.config import Recipe
 from train.data.drawn import draw_folder
+from train.devices import mfu
+from train.workload import count
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP_TIMES = Path(__file__).with_name("step_times.py")
 WARM = 3  # steps
-SIDE = 32  # of the latents
+SIDES = {"gpu": (32, 64)}  # of the latents
+SIDE = 32  # the same in the other modes
 PICTURES = 256
 RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.999), 0.01, 1.0
-CHANNELS = {"small": (64, 128), "medium": (128, 256, 512)}
-WIDTH = 64  # of a head
+CHANNELS = {"small": (64, 128), "medium": (128, 256, 512), "large": (160, 320, 640, 640), "sd": (320, 640, 1280, 1280)}
+WIDTH = 64  # of a head, about
+SD_HEADS = 8
 FACTOR = {"shipped": 4, "sd": 8}  # pixels of a latent
 SD = AutoencoderConfig(
     block_out_channels=(128, 256, 512, 512),
@@ -55,11 +67,13 @@ SD = AutoencoderConfig(
 Run = Callable[[], dict]
 
 
-def make_model(folder: Path, channels: tuple[int, ...], autoencoder: str) -> Path:
+def make_model(folder: Path, size: str, autoencoder: str, side: int) -> Path:
     """A Stable Diffusion folder: the shipped text encoder, a fresh U-Net in SD's manner, the autoencoder asked for."""
+    folder.mkdir(parents=True)
     for part in ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json"):
         source = DEFAULT_MODEL / part
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / part)
+    channels = CHANNELS[size]
     levels = len(channels)
     torch.manual_seed(0)
     if autoencoder == "sd":
@@ -67,11 +81,12 @@ def make_model(folder: Path, channels: tuple[int, ...], autoencoder: str) -> Pat
         Autoencoder(SD).save_pretrained(folder / "vae")
     UNet(
         UNetConfig(
-            sample_size=SIDE,
+            sample_size=side,
             block_out_channels=channels,
             down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
             up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
-            attention_head_dim=tuple(width // WIDTH for width in channels),  # which is their number
+            # Which is their number.
+            attention_head_dim=SD_HEADS if size == "sd" else tuple(width // WIDTH for width in channels),
             cross_attention_dim=192,
         )
     ).save_pretrained(folder / "unet")
@@ -79,11 +94,17 @@ def make_model(folder: Path, channels: tuple[int, ...], autoencoder: str) -> Pat
 
 
 def measure(
-    command: list[str], out: Path, threads: int, *more: str, python: str = sys.executable, ranks: int = 1
+    command: list[str],
+    out: Path,
+    threads: int,
+    *more: str,
+    python: str = sys.executable,
+    ranks: int = 1,
+    gpu: bool = False,
 ) -> dict:
     """The step times of the first of `ranks` processes."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
-                   "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    environment |= {} if gpu else {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     if ranks > 1:
         environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
         environment["MASTER_PORT"] = str(free_port())
@@ -107,28 +128,32 @@ def measure(
 
 
 class Bench:
-    """A model, pictures and settings; its methods are one run each."""
+    """A model, pictures and settings; its methods are one run each. side: of the latents."""
 
-    def __init__(self, folder: Path, arguments: argparse.Namespace):
-        self.folder, self.arguments = folder, arguments
-        self.model = make_model(folder / "model", CHANNELS[arguments.size], arguments.autoencoder)
-        self.pixels = SIDE * FACTOR[arguments.autoencoder]
+    def __init__(self, folder: Path, arguments: argparse.Namespace, side: int):
+        self.folder, self.arguments, self.gpu = folder, arguments, arguments.mode == "gpu"
+        self.model = make_model(folder / "model", arguments.size, arguments.autoencoder, side)
+        self.pixels = side * FACTOR[arguments.autoencoder]
         self.pictures = draw_folder(folder / "pictures", PICTURES, self.pixels, 0)
+
+    def recipe(self, out: Path, **changes: object) -> Recipe:
+        pictures = self.arguments.steps * self.arguments.batch
+        values = {
+            "phase": "diffusion", "out": out, "pictures": pictures, "batch_size": self.arguments.batch,
+            "checkpoint_every": 10 * pictures,
+            "data": {"folder": self.pictures, "size": self.pixels, "caption_dropout": 0.0},
+            "model": {"init_from": str(self.model), "train": ["unet.*"]},
+            "optimizer": {"learning_rate": RATE, "betas": BETAS, "weight_decay": DECAY, "decay": "constant",
+                          "clip": CLIP},
+        }  # fmt: skip
+        return Recipe.model_validate(merged(values, changes))
 
     def ours(self, *more: str, threads: int | None = None, ranks: int = 1, **changes: object) -> dict:
         out = Path(tempfile.mkdtemp(dir=self.folder))
-        pictures = self.arguments.steps * self.arguments.batch
-        recipe = {
-            "phase": "diffusion", "out": str(out / "run"), "pictures": pictures, "batch_size": self.arguments.batch,
-            "checkpoint_every": 10 * pictures,
-            "data": {"folder": str(self.pictures), "size": self.pixels, "caption_dropout": 0.0},
-            "model": {"init_from": str(self.model), "train": ["unet.*"]},
-            "optimizer": {"learning_rate": RATE, "betas": list(BETAS), "weight_decay": DECAY, "decay": "constant",
-                          "clip": CLIP},
-        }  # fmt: skip
-        (out / "recipe.yaml").write_text(yaml.safe_dump(merged(recipe, changes)))
+        recipe = self.recipe(out / "run", **changes).model_dump(mode="json")
+        (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         result = measure(["train", str(out / "recipe.yaml")], out / "times", threads or self.arguments.threads, *more,
-                         ranks=ranks)  # fmt: skip
+                         ranks=ranks, gpu=self.gpu)  # fmt: skip
         shutil.rmtree(out)
         return result
 
@@ -141,7 +166,7 @@ class Bench:
                    "--checkpointing_steps=1000000", f"--learning_rate={RATE}", "--lr_scheduler=constant",
                    f"--adam_beta1={BETAS[0]}", f"--adam_beta2={BETAS[1]}", f"--adam_weight_decay={DECAY}",
                    f"--max_grad_norm={CLIP}", "--seed=0", *options]  # fmt: skip
-        result = measure(command, out / "times", self.arguments.threads, python=self.arguments.python)
+        result = measure(command, out / "times", self.arguments.threads, python=self.arguments.python, gpu=self.gpu)
         shutil.rmtree(out)
         return result
 
@@ -151,8 +176,8 @@ class Bench:
         return self.arguments.batch * (len(seconds) - 1 - WARM) / (seconds[-1] - seconds[WARM])
 
 
-def compare(bench: Bench, runs: dict[str, Run], ratios: list[tuple[str, str, str]]) -> None:
-    """ratios: (what, the side above, the side below)."""
+def compare(bench: Bench, runs: dict[str, Run], ratios: list[tuple[str, str, str]]) -> dict[str, float]:
+    """ratios: (what, the side above, the side below). Returns the median speed of each side."""
     speeds: dict[tuple[str, str], list[float]] = {(name, clock): [] for name in runs for clock in ("ends", "cpu")}
     for number in range(bench.arguments.rounds):
         for name, run in runs.items():
@@ -168,7 +193,8 @@ def compare(bench: Bench, runs: dict[str, Run], ratios: list[tuple[str, str, str
             each = np.divide(speeds[above, clock], speeds[below, clock])
             low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
             spread = f"quartiles {low:.2f} to {high:.2f}, all {each.min():.2f} to {each.max():.2f}"
-            print(f"{what:52} {middle:8.2f} x ({spread}){unit}")
+            print(f"{what:52} {middle:8.2f} x ({spread}){unit}", flush=True)
+    return {name: float(np.median(speeds[name, "ends"])) for name in runs}
 
 
 def peer(bench: Bench) -> None:
@@ -189,11 +215,43 @@ def peer(bench: Bench) -> None:
 
 
 def processes(bench: Bench) -> None:
+    half = bench.arguments.batch // 2
+
+    def apart() -> dict:
+        """Two runs at once with half the batch each, which together are a run of the whole batch; the slower one."""
+        alone = partial(bench.ours, threads=1, batch_size=half, pictures=bench.arguments.steps * half)
+        with ThreadPoolExecutor() as pool:
+            both = [run.result() for run in [pool.submit(alone), pool.submit(alone)]]
+        return max(both, key=lambda times: times["ends"][-1] - times["ends"][WARM])
+
+    one, two, most = "1 process of 1 thread", "2 processes of 1 thread", "2 runs of 1 thread, half the batch each"
     runs: dict[str, Run] = {
-        "1 process of 1 thread": lambda: bench.ours(threads=1),
-        "2 processes of 1 thread": lambda: bench.ours(threads=1, ranks=2),
+        one: lambda: bench.ours(threads=1),
+        two: lambda: bench.ours(threads=1, ranks=2),
+        most: apart,
     }
-    compare(bench, runs, [("2 processes / 1 process, the same global batch", *reversed(runs))])  # type: ignore[list-item]
+    compare(bench, runs, [
+        ("2 processes / 1 process, the same global batch", two, one),
+        ("2 runs at once / 1 process, the most there is", most, one),
+        ("2 processes / 2 runs at once, what is not lost", two, most),
+    ])  # fmt: skip
+
+
+def gpu(bench: Bench) -> None:
+    bf16, compiled = "gaze bf16, latents and text precomputed", "the same, compiled"
+    theirs = "diffusers bf16"
+    runs: dict[str, Run] = {
+        bf16: lambda: bench.ours(mixed_precision="bf16"),
+        compiled: lambda: bench.ours(mixed_precision="bf16", compile=True),
+        theirs: lambda: bench.theirs("--mixed_precision=bf16"),
+    }
+    print(f"{bench.pixels} pixels")
+    ratios = [(f"{name} / {theirs}", name, theirs) for name in (bf16, compiled)]
+    speeds = compare(bench, runs, ratios)
+    flops = count(bench.recipe(bench.folder / "none", mixed_precision="bf16"), 1).model_flops
+    for name, speed in speeds.items():
+        share = mfu(flops, speed, torch.device("cuda"))
+        print(f"{name:52} {'peak unknown' if share is None else f'{share:8.1%} MFU of the U-Net'}")
 
 
 def share(bench: Bench) -> None:
@@ -213,7 +271,7 @@ def share(bench: Bench) -> None:
         print(f"{name:42} {np.median(shares):6.2%}  ({min(shares):.2%} to {max(shares):.2%})")
 
 
-MODES = {"peer": peer, "processes": processes, "share": share}
+MODES = {"peer": peer, "gpu": gpu, "processes": processes, "share": share}
 
 
 def main() -> None:
@@ -228,13 +286,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
-    if (arguments.mode == "peer") != (arguments.script is not None):
-        parser.error("peer needs the path of train_text_to_image.py, the other modes none")
-    print(f"U-Net {CHANNELS[arguments.size]} on {SIDE}x{SIDE} latents, {arguments.autoencoder} autoencoder, batch "
+    if (arguments.mode in ("peer", "gpu")) != (arguments.script is not None):
+        parser.error("peer and gpu need the path of train_text_to_image.py, the other modes none")
+    if arguments.mode == "gpu":
+        if not torch.cuda.is_available():
+            parser.error("gpu needs a GPU, and torch sees none here; the other modes run on a CPU")
+        arguments.size = arguments.autoencoder = "sd"
+    print(f"U-Net {CHANNELS[arguments.size]}, {arguments.autoencoder} autoencoder, batch "
           f"{arguments.batch}, {arguments.steps} steps of which {WARM + 1} uncounted, {arguments.threads} threads, "
           f"n {arguments.rounds} rounds, torch {torch.__version__}", flush=True)  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
-        MODES[arguments.mode](Bench(Path(place), arguments))
+        for side in SIDES.get(arguments.mode, (SIDE,)):
+            MODES[arguments.mode](Bench(Path(place) / str(side), arguments, side))
 
 
 if __name__ == "__main__":

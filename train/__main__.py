@@ -66,10 +66,15 @@ def run(words: list[str]) -> int:
     config, *overrides = words
     recipe = load_recipe(config, as_keys(overrides))
     start_the_others("train", words)
+    import torch
+
+    from .allocator import keep_memory
     from .loop import Stopped, train
     from .memory import is_lack_of_memory
     from .signals import interruptible
 
+    if not torch.accelerator.is_available():
+        keep_memory()
     try:
         with interruptible():
             folder = train(recipe)

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusion.autoencoder import Autoencoder
 from diffusion.errors import GazeError
+from diffusion.packed import pack
 from diffusion.text import TextEncoder
 
 from .config import Data, Recipe
@@ -35,7 +36,7 @@ from .signals import shield
 from .store import Item, Store, as_keys, key_of
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
-VERSION = 1  # of how pictures and captions are prepared; another one leaves older caches aside
+VERSION = 2  # of how pictures and captions are prepared; another one leaves older caches aside
 AT_ONCE = 16  # items that a GPU encodes together
 
 
@@ -49,6 +50,7 @@ class Latents:
     def __init__(self, recipe: Recipe, stream: Stream, processes: Processes, autoencoder: Autoencoder):
         self.seed, self.stream, self.device = recipe.seed, stream, processes.device
         self.autoencoder, self.few = autoencoder.to(self.device), _at_once(self.device)
+        pack(self.autoencoder.encoder)
         check_size(recipe.data, autoencoder.factor)
         self.store: Store | None = None
         if recipe.data.cache_latents:

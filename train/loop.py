@@ -6,6 +6,7 @@ rate, nor the checkpoint: those are functions of pictures seen (see data/stream.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from .data.stream import Sample
 from .environment import note_start
 from .launch import make_accelerator, processes_of
 from .metrics import Metrics
+from .plan import compare, utilization
 from .precision import scale_of, skips
 from .run import Run, export, prepare
 from .sample_log import begin_logs, log_samples
@@ -99,6 +101,8 @@ def train(recipe: Recipe) -> Path:
                     raise Stopped(run.seen)
         if processes.first:
             export(recipe, source=run.source)
+            if wrong := compare(recipe, metrics.measured()):
+                print(wrong, file=sys.stderr)
         processes.wait()
     accelerator.end_training()
     return recipe.out / "model"
@@ -111,7 +115,8 @@ def open_metrics(run: Run) -> Metrics:
     begin_logs(recipe.out, run.seen, processes)
     trackers = open_trackers(recipe, run.seen) if processes.first else []
     log, device = recipe.out / "metrics.jsonl", processes.device
-    return Metrics(log, run.seen, recipe.pictures, processes.first, device=device, trackers=trackers)
+    share = utilization(recipe, processes)
+    return Metrics(log, run.seen, recipe.pictures, processes.first, device=device, trackers=trackers, mfu=share)
 
 
 def is_due(before: int, seen: int, total: int, every: int) -> bool:

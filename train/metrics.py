@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import time
 import warnings
@@ -64,6 +65,7 @@ class Metrics:
         self.trackers = trackers
         self.watch = Stopwatch()
         self.last_pictures, self.speed = start, 0.0
+        self.speeds: list[float] = []  # of each line
         self.bar: Progress | None = None
         if not active:
             return
@@ -114,12 +116,19 @@ class Metrics:
         for tracker in self.trackers:
             tracker.picture(pictures, image)
 
+    def measured(self) -> dict[str, float]:
+        """What a plan can be compared with: the median speed of the lines so far and, where the device has a memory of
+        its own, the most bytes in it."""
+        memory = {"memory": float(peak_memory(self.device))} if self.device.type == "cuda" else {}
+        return ({"pictures_per_second": statistics.median(self.speeds)} if self.speeds else {}) | memory
+
     def _measure(self, done: int) -> dict[str, float]:
         """Speed and shares of the time in steps; seconds outside of them."""
         seconds = self.watch.read()
         away = {f"seconds/{name}": seconds.pop(name) for name in AWAY if name in seconds}
         stepping = max(sum(seconds.values()), 1e-9)
         self.speed = done / stepping
+        self.speeds.append(self.speed)
         utilization = self.mfu(self.speed)
         return {
             "pictures_per_second": self.speed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from diffusion.errors import GazeError
 from diffusion.files import write_json
 
 from .config import Recipe, load_recipe
-from .devices import BETWEEN_MACHINES, Device, find_device
+from .devices import BETWEEN_MACHINES, Device, device_here, find_device, mfu
 from .muon import muon_flops
 from .optimizer import parameter_groups
+from .processes import Processes
 from .rehearsal import memory_here, rehearse
 from .workload import Cost, count, make_workload
 
@@ -165,7 +166,7 @@ def _gb(size: float) -> str:
 def compare(recipe: Recipe, measured: Mapping[str, float]) -> str:
     """How wrong the plan in recipe.out was, in a line for the end of a run; "" without a plan.
 
-    measured: pictures_per_second, and memory (the most bytes on one device) where it is known.
+    measured: pictures_per_second, and memory (the most bytes on one device), each where it is known.
     """
     try:
         found = json.loads((recipe.out / FILE).read_text())
@@ -183,6 +184,15 @@ def compare(recipe: Recipe, measured: Mapping[str, float]) -> str:
         for name, value in measured.items()
         if name in planned and value > 0
     )
+
+
+def utilization(recipe: Recipe, processes: Processes) -> Callable[[float], float | None]:
+    """The run's pictures per second -> share of its devices' peak arithmetic; None where no peak is known. The
+    arithmetic is counted here, in a second or some, and only by the process that writes the log."""
+    if not processes.first or device_here(processes.device) is None:
+        return lambda speed: None
+    flops = count(recipe, 1).model_flops
+    return lambda speed: mfu(flops, speed / processes.count, processes.device, recipe.mixed_precision)
 
 
 def main(words: list[str]) -> int:

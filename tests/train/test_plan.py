@@ -16,7 +16,8 @@ from train import plan as planning
 from train.config import Recipe
 from train.devices import DEVICES, device_here, find_device, mfu
 from train.optimizer import make_optimizer, parameter_groups
-from train.plan import compare, plan, state_bytes, step_seconds
+from train.plan import compare, plan, state_bytes, step_seconds, utilization
+from train.processes import Processes
 from train.rehearsal import Rehearsal, rehearse
 from train.workload import Cost, Tally, count, make_workload
 
@@ -258,6 +259,23 @@ def test_the_share_of_the_peak(monkeypatch):
     assert mfu(2.4e12, 100, torch.device("cuda")) is None
 
 
+def test_the_log_tells_the_share_of_all_devices_peaks(diffusion, monkeypatch):
+    """Of two H100, so to say; and nothing where no peak is known, or by the processes that write no log."""
+    recipe = diffusion(pictures=8)
+    run_here(recipe)
+    assert "mfu" not in json.loads((recipe.out / "metrics.jsonl").read_text())
+    assert utilization(recipe, Processes(0, 2, CPU))(100) is None
+    for place in ("train.plan", "train.devices"):
+        monkeypatch.setattr(f"{place}.device_here", lambda device: DEVICES["h100"])
+    expected = count(recipe, 8).model_flops / 8 * 100 / 67e12
+    assert utilization(recipe, Processes(0, 2, CPU))(200) == pytest.approx(expected)
+    assert utilization(recipe, Processes(1, 2, CPU))(200) is None
+    again = recipe.model_copy(update={"out": recipe.out.with_name("again")})
+    run_here(again)
+    line = json.loads((again.out / "metrics.jsonl").read_text())
+    assert line["mfu"] == pytest.approx(expected * line["pictures_per_second"] / 100)
+
+
 def test_every_device_says_where_its_share_comes_from():
     assert all(device.source and 0 < device.share < 1 and device.half > device.single for device in DEVICES.values())
 
@@ -275,9 +293,23 @@ def test_a_run_can_say_how_wrong_the_plan_was(diffusion):
         "pictures per second: planned 12, measured 10 (the plan was 20.0% too high); "
         "memory: planned 9e+08, measured 1e+09 (the plan was 10.0% too low)"
     )
+    assert compare(recipe, {}) == "", "a run that found itself at its end has measured nothing"
     assert "another recipe" in compare(diffusion(seed=1), {"pictures_per_second": 10})
     (recipe.out / "plan.json").write_text("{}")
     assert "cannot be read" in compare(recipe, {"pictures_per_second": 10})
+
+
+def test_a_run_that_ends_says_how_wrong_the_plan_was(diffusion, capfd):
+    """Once, of the speed; a CPU's memory holds more than the plan counts."""
+    recipe = diffusion(pictures=24, log_every=8)
+    recipe.out.mkdir()
+    saved = {"pictures_per_second": 1e9, "memory": {"peak": 9e8}, "identity": recipe.identity()}
+    (recipe.out / "plan.json").write_text(json.dumps(saved))
+    run_here(recipe)
+    lines = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
+    median = sorted(line["pictures_per_second"] for line in lines)[1]
+    said = [line for line in capfd.readouterr().err.splitlines() if "planned" in line]
+    assert said == [compare(recipe, {"pictures_per_second": median})]
 
 
 # The command
