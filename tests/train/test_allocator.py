@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from tests.train.tiny import PROCESSES
 from train import __main__ as command
 from train.allocator import keep_memory
 
@@ -24,10 +25,19 @@ def faults() -> int:
     return min(pages() for _ in range(TRIES))
 
 
+def probe(kept: bool) -> None:
+    if kept:
+        keep_memory()
+    sys.exit(faults() > SIZE // resource.getpagesize() / 10)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_the_kernel_is_asked_for_memory_once():
-    keep_memory()
-    assert faults() < SIZE // resource.getpagesize() / 10, "each time all of them, without"
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_kernel_is_asked_for_memory_once_or_each_time(kept):
+    process = PROCESSES.Process(target=probe, args=(kept,))
+    process.start()
+    process.join(60)
+    assert process.exitcode == (not kept)
 
 
 @pytest.mark.parametrize("gpu", [True, False])
@@ -37,6 +47,6 @@ def test_the_command_does_so_on_a_cpu_alone(tmp_path, monkeypatch, gpu):
     monkeypatch.setattr("train.loop.train", lambda recipe: recipe.out)
     monkeypatch.setattr("torch.accelerator.is_available", lambda: gpu)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("phase: autoencoder\nout: run\npictures: 8\ndata: {drawn: 8}\n")
+    recipe.write_text("phase: autoencoder\nout: run\npictures: 8\nbatch_size: 8\ndata: {drawn: 8}\n")
     assert command.run([str(recipe)]) == 0
     assert called == [True] * (not gpu)
