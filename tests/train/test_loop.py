@@ -157,7 +157,13 @@ def test_the_log_of_samples_is_of_the_stream_and_outlives_a_stop(diffusion):
     log = recipe.out / "samples-00000.jsonl"
     with log.open("a") as file:
         file.write('{"pictures": 16, "samples": []}\n{"pic')  # of a step that no checkpoint holds, and cut short
+    for folder in (".tmp-1", ".model-1", ".model-1-old"):
+        (recipe.out / folder / "unet").mkdir(parents=True)
+    for name in ("samples", "snapshots"):
+        (recipe.out / name).mkdir()
+        (recipe.out / name / ".000000000016.png-1").touch()
     run_here(recipe)
+    assert not list(recipe.out.rglob(".*"))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["pictures"] for line in lines] == [*range(8, 81, 8)]
     stream, _ = open_phase(recipe)
