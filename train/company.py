@@ -89,7 +89,9 @@ class Company:
                     self._end(self.store.get("verdict").decode())
             except (dist.DistError, RuntimeError):
                 if not self.over.wait(GRACE):
-                    self._end(f"process 0 is gone, at picture {self.state['pictures']} or later")
+                    self._end(
+                        f"process 0 is gone, at picture {self.state['pictures']}, step {self.state['step']} or later"
+                    )
 
     def _end(self, verdict: str) -> None:
         """Ends this process, whose main thread may wait in an operation that never returns."""

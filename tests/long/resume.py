@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tests.long.runs import (
+    EVERYONE,
     Disturbance,
     Line,
     begin,
@@ -39,10 +40,13 @@ from tests.long.runs import (
     whole_epochs,
 )
 from tests.train.tiny import make_vae, rows
+from train import loop
 from train.company import EXIT_CODE
 from train.config import Recipe
-from train.data.stream import Stream
+from train.data.open import open_source
+from train.run import open_stream
 
+STOPPED = 130  # exit code
 LIMIT = 15  # seconds that a process may go on when the other was killed
 
 
@@ -109,10 +113,184 @@ def halves(out: Path) -> set[str]:
     return {path.name for path in (out / "checkpoints").glob(".tmp-*")}
 
 
+# R4 and R5
+
+
+def places(data: Data) -> dict[str, tuple[str, int]]:
+    """Where a run is interrupted: a function and its how many-th call. A step has two micro-batches."""
+    recipe = data.recipe("none")
+    epoch = len(open_stream(recipe, open_source(recipe)))
+    return {
+        "step 0": ("train.loop:backward", 1),
+        "warm-up": ("train.loop:backward", 3),
+        "accumulation": ("train.loop:backward", 2 * 5 + 2),
+        "the end of an epoch": ("train.loop:backward", 2 * epoch // recipe.batch_size + 1),
+        "validation": ("train.validation:_packed", 1),
+    }
+
+
+def resumed(data: Data) -> Line:
+    """Killed, a run leaves what it would have left anyway; stopped by a signal in validation, without that grid."""
+    bad, runs = [], 0
+    for count, workers in product((1, 2), (0, 2)):
+        changes = {"data": {"workers": workers}, "optimizer": {"warmup": 24}}
+        straight = data.recipe(f"straight-{count}-{workers}", **changes)
+        bad += differs(straight.out, finish(straight, count), [0] * count)
+        for (place, where), act in product(places(data).items(), ("killed", "SIGTERM")):
+            recipe = data.recipe(f"{act}-{count}-{workers}-{where[1]}-{len(place)}", **changes)
+            case = f"{act} in {place}, {count} processes, {workers} workers"
+            victims, code = (EVERYONE, -signal.SIGKILL) if act == "killed" else ((count - 1,), STOPPED)
+            bad += differs(case, finish(recipe, count, Disturbance(*where, act, victims)), [code] * count)
+            bad += differs(case, finish(recipe, count), [0] * count)
+            look = left_by if act == "killed" else newest
+            bad += differs(case, look(recipe.out), look(straight.out))
+            runs += 1
+    return Line(f"R4  killed or stopped at {', '.join(places(data))}; 1 and 2 processes, 0 and 2 workers: "
+                f"{runs} runs begun again, {len(bad)} not the same bits", bad)  # fmt: skip
+
+
+def fewer_and_more(data: Data) -> Line:
+    straight = data.recipe("straight-of-two")
+    bad, worst = differs(straight.out, finish(straight, 2), [0, 0]), 0.0
+    cuts = ((2, 5), (1, 6), (3, 4))  # steps after which the run is stopped
+    for first, second in cuts:
+        recipe = data.recipe(f"two-one-two-{first}")
+        stop = partial(Disturbance, "train.loop:backward", act="SIGTERM", victims=(0,))
+        codes = [
+            *finish(recipe, 2, stop(2 * first)),
+            *finish(recipe, 1, stop(2 * (second - first))),
+            *finish(recipe, 2),
+        ]
+        bad += differs(recipe.out, codes, [STOPPED] * 3 + [0, 0])
+        bad += differs(f"{recipe.out}, samples", seen_by(recipe.out), seen_by(straight.out))
+        losses, right = ([row["loss"] for row in rows(out) if "loss" in row] for out in (recipe.out, straight.out))
+        worst = max([worst, *(abs(loss / other - 1) for loss, other in zip(losses, right, strict=True))])
+    bad += ["the losses are too far apart"] * (not worst < 1e-3)
+    return Line(f"R5  2, 1 and 2 processes in turn, {len(cuts)} runs: {len(bad)} bad; same order of samples, losses "
+                f"at most {worst:.1e} apart (relative)", bad)  # fmt: skip
+
+
+def seen_by(out: Path) -> dict[int, list[Any]]:
+    """Number in the source and content of the picture at each position, of all processes."""
+    lines = [json.loads(line) for path in out.glob("samples-*.jsonl") for line in path.read_text().splitlines()]
+    return {position: picture for line in lines for position, *picture in line["samples"]}
+
+
+# R9
+
+
+def marked_validation(mark: Path, rank: int) -> None:
+    """While the first process is in validation, the file is there."""
+    validate = loop.validate
+
+    def marked(*arguments: Any, **options: Any) -> None:
+        mark.touch()
+        validate(*arguments, **options)
+        mark.unlink()
+
+    if rank == 0:
+        loop.validate = marked
+
+
+def signals(data: Data, number: int, chance: random.Random) -> Line:
+    """Of two processes one gets the signal, or both as Ctrl-C gives it; each fifth waits for a validation."""
+    bad, slowest, in_validation = [], 0.0, 0
+    for run in range(number):
+        recipe = data.recipe(f"signal-{run}", pictures=1_000_000, checkpoint_every=160, validation={"pictures": 6})
+        mark = data.folder / f"validating-{run}"
+        processes = begin(recipe, 2, partial(marked_validation, mark))
+        wait(math.inf, processes, (recipe.out / "samples-00001.jsonl").exists)
+        wait(time.monotonic() + chance.uniform(0, 4), processes)
+        if run % 5 == 0:
+            wait(math.inf, processes, mark.exists)
+        which, inside = (signal.SIGTERM, signal.SIGINT)[run % 2], mark.exists()
+        for process in chance.choice([processes, processes[:1], processes[1:]]):
+            os.kill(process.pid, which)
+        in_validation += inside and mark.exists()
+        codes, taken = end(processes, 60)
+        slowest = max(slowest, taken)
+        case = f"run {run}, {which.name}"
+        bad += differs(case, codes, [STOPPED, STOPPED]) + [f"{case}: {taken:.0f} s"] * (taken > 30)
+        logs = [path.read_text().splitlines()[-1] for path in recipe.out.glob("samples-*.jsonl")]
+        saved = max(int(path.name) for path in (recipe.out / "checkpoints").glob("[0-9]*"))
+        bad += differs(f"{case}, saved", [saved, saved], [json.loads(line)["pictures"] for line in logs])
+        shutil.rmtree(recipe.out)
+    return Line(f"R9  SIGTERM and SIGINT to one or both of two processes at {number} instants, {in_validation} of them "
+                f"in validation: {len(bad)} bad; saved and left together within {slowest:.1f} s", bad)  # fmt: skip
+
+
+# R11 and R13
+
+
+def watched_or_not(data: Data) -> Line:
+    bad, runs = [], 0
+    for phase, count in product(("autoencoder", "text", "diffusion"), (1, 2)):
+        found = []
+        for every in (0, 16):
+            vae = None if phase == "autoencoder" else data.vae
+            recipe = full_recipe(data.folder / f"{phase}-{count}-{every}", data.pictures, vae, phase=phase,
+                                 validation={"every": every})  # fmt: skip
+            bad += differs(recipe.out, finish(recipe, count), [0] * count)
+            found.append(newest(recipe.out))
+            runs += 1
+        bad += differs(f"{phase}, {count} processes, validation", *found)
+        shown = [recipe.out / "samples" / f"{seen:012d}.png" for seen in range(16, 65, 16)]
+        bad += differs(f"{phase}, grids", [path.is_file() for path in shown], [True] * 4)
+        bad += differs(f"{phase}, losses", sum("held_out_loss" in row for row in rows(recipe.out)), 4)
+    return Line(f"R11 validation on or off, three phases, 1 and 2 processes: {runs} runs, {len(bad)} bad; weights, "
+                "averages and optimizer are the same bits", bad)  # fmt: skip
+
+
+def noted_rates(to: Path, disturb: Callable[[int], None], rank: int) -> None:
+    """Writes the rate of each group at each step of the optimizer."""
+    step = torch.optim.AdamW.step
+
+    def noting(self: Any, *arguments: Any) -> Any:
+        with to.with_suffix(f".{rank}").open("a") as file:
+            file.write(json.dumps([group["lr"] for group in self.param_groups]) + "\n")
+        return step(self, *arguments)
+
+    torch.optim.AdamW.step = noting
+    disturb(rank)
+
+
+def rates(data: Data) -> Line:
+    options = {"learning_rate": 1e-3, "warmup": 32, "decay": "cosine", "final_share": 0.1}
+    right = [
+        1e-3 * ((seen + 1) / 33 if seen < 32 else 0.1 + 0.9 * math.cos(math.pi / 2 * (seen - 32) / 96) ** 2)
+        for seen in range(0, 128, 16)
+    ]
+    bad, worst, cells = [], 0.0, 0
+    for count, accumulation, again in product((1, 2, 4), (1, 4), (False, True)):
+        case = f"rates-{count}-{accumulation}-{again}"
+        recipe = data.recipe(case, pictures=128, batch_size=16, gradient_accumulation_steps=accumulation,
+                             optimizer=options, validation={"every": 0})  # fmt: skip
+        note, to = partial(noted_rates, data.folder / case), data.folder / case
+        if again:
+            stop = Disturbance("train.loop:backward", 4 * accumulation, "SIGTERM")
+            bad += differs(case, finish(recipe, count, partial(note, stop)), [STOPPED] * count)
+        bad += differs(case, finish(recipe, count, partial(note, undisturbed)), [0] * count)
+        for rank in range(count):
+            steps = [json.loads(line) for line in to.with_suffix(f".{rank}").read_text().splitlines()]
+            taken = [step for step in steps if any(step)]  # a resumed optimizer makes its state in a step of rate 0
+            bad += differs(f"{case}, process {rank}, steps", len(taken), len(right))
+            far = max(abs(rate - exact) for step, exact in zip(taken, right, strict=False) for rate in step)
+            bad += [f"{case}, process {rank}: {far}"] * (not far < 1e-12)
+            worst = max(worst, far)
+        cells += 1
+    return Line(f"R13 rates of 1, 2 and 4 processes, 1 and 4 micro-batches, resumed or not: {cells} cells, {len(bad)} "
+                f"bad; at most {worst:.1e} from the closed form", bad)  # fmt: skip
+
+
 def proofs(arguments: argparse.Namespace, data: Data) -> Iterator[tuple[str, Callable[[], Line]]]:
     chance = random.Random(arguments.seed)
     for count in (1, 2):
         yield f"R1-{count}", partial(kills, data, count, arguments.kills // 2, chance)
+    yield "R4", partial(resumed, data)
+    yield "R5", partial(fewer_and_more, data)
+    yield "R9", partial(signals, data, arguments.signals, chance)
+    yield "R11", partial(watched_or_not, data)
+    yield "R13", partial(rates, data)
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from tests.train.tiny import PROCESSES, free_port, make_pictures, rows, tiny_recipe
+from tests.train.tiny import PROCESSES, free_port, make_pictures, merged, rows, tiny_recipe
 from train.config import Recipe
 
 EVERYONE = (0, 1, 2, 3)
@@ -40,8 +40,8 @@ def differs(where: object, found: Any, right: Any) -> list[str]:
     return [f"{where}: {found}, not {right}"]
 
 
-def full_recipe(folder: Path, pictures_in: Path, vae: Path, /, **changes: Any) -> Recipe:
-    """A diffusion run with everything on that has a state or draws: two micro-batches a step, averages of both kinds,
+def full_recipe(folder: Path, pictures_in: Path | None, vae: Path | None, /, **changes: Any) -> Recipe:
+    """A run (see `tiny_recipe`) with everything on that has a state or draws: two micro-batches a step, averages of both kinds,
     dropped captions, crops, mirroring, held-out losses and grids. Every step ends with a checkpoint and a row."""
     values: dict[str, Any] = {
         "pictures": 64,
@@ -55,7 +55,7 @@ def full_recipe(folder: Path, pictures_in: Path, vae: Path, /, **changes: Any) -
         "objective": {"noises": 2, "offset_noise": 0.1},
         "validation": {"every": 32, "prompts": ("red square", "a blue one"), "bins": 2},
     }
-    return tiny_recipe(folder, pictures_in, vae, **{**values, **changes})
+    return tiny_recipe(folder, pictures_in, vae, **merged(values, changes))
 
 
 def whole_epochs(folder: Path) -> Path:
@@ -80,6 +80,7 @@ class Disturbance(NamedTuple):
     call: int
     act: str  # of ACTS
     victims: Sequence[int] = EVERYONE
+    mark: Path | None = None  # a file that is made then
 
     def __call__(self, rank: int) -> None:
         if rank not in self.victims:
@@ -93,6 +94,8 @@ class Disturbance(NamedTuple):
 
         def disturbed(*arguments: Any, **options: Any) -> Any:
             if next(calls) == self.call:
+                if self.mark is not None:
+                    self.mark.touch()
                 ACTS[self.act]()
             return original(*arguments, **options)
 
