@@ -86,8 +86,8 @@ def losses_of_company(folder: Path, data: Path, vae: Path, together: int) -> Ite
             found = list(pool.map(lambda case: ends(folder, data, vae, *case), cases))
         bad = [line for _, lines in found for line in lines]
         slowest = max(taken for taken, _ in found)
-        yield Line(f"P1  one of two processes {act} at {len(PLACES)} places, each of the two: {len(found)} runs, the "
-                   f"other ended within {slowest:.1f} s (at most {limit}) and said who and where: {len(bad)} bad", bad)  # fmt: skip
+        yield Line(f"P1  either of two processes {act} at {len(PLACES)} places: {len(found)} runs, {len(bad)} bad; the "
+                   f"other ended within {slowest:.1f} s (at most {limit}) and said who and where", bad)  # fmt: skip
 
 
 def clean_runs(folder: Path, data: Path, vae: Path, number: int) -> Line:

@@ -41,7 +41,7 @@ def differs(where: object, found: Any, right: Any) -> list[str]:
 
 
 def full_recipe(folder: Path, pictures_in: Path | None, vae: Path | None, /, **changes: Any) -> Recipe:
-    """A run (see `tiny_recipe`) with everything on that has a state or draws: two micro-batches a step, averages of both kinds,
+    """A run (see `tiny_recipe`) with everything on that has a state or draws: micro-batches, averages of both kinds,
     dropped captions, crops, mirroring, held-out losses and grids. Every step ends with a checkpoint and a row."""
     values: dict[str, Any] = {
         "pictures": 64,
