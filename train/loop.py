@@ -109,6 +109,10 @@ def train(recipe: Recipe) -> Path:
         if processes.first:
             export(recipe, source=run.source)
         processes.wait()
+    # The wrapped module must go before the group of processes does: one that dies with its last module is joined with
+    # its threads under Python's lock, for which these may wait (pytorch issue 56297).
+    del run
+    accelerator.free_memory()
     accelerator.end_training()
     return recipe.out / "model"
 
