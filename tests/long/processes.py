@@ -2,18 +2,15 @@
 
     python -m tests.long.processes [FOLDER] [--only P1 P2 ...] [--clean 30] [--load 0] [--together 6]
 
-Ends with 1 when anything was bad. Real processes (gloo on the CPU, fp32) do what `python -m train` does; for the clean
-runs they are started by torchrun. --load: so many processes beside that compute without end. --together: runs of P1 at
-a time.
+Ends with 1 when anything was bad. Real processes (gloo on the CPU, fp32) do what `python -m train` does. --load: so many
+processes beside that compute without end. --together: runs of P1 at a time.
 """
 
 import argparse
 import itertools
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -90,25 +86,18 @@ def losses_of_company(folder: Path, data: Path, vae: Path, together: int) -> Ite
                    f"other ended within {slowest:.1f} s (at most {limit}) and said who and where", bad)  # fmt: skip
 
 
-def clean_runs(folder: Path, data: Path, vae: Path, number: int) -> Line:
-    """Whole runs as torchrun starts them: all of them end, with 0, and no process outlasts the other."""
-    recipe = tiny_recipe(folder / "clean", data, vae, pictures=16)
-    file = folder / "clean.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json")))
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-             "-m", "train", str(file), f"out={folder}"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    times, bad = [], []
-    for run in range(number):
-        begun = time.monotonic()
-        words[-1] = f"out={folder / f'clean-{run}'}"
-        try:
-            done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180)
-            bad += differs(f"run {run}: {done.stderr[-800:]}", done.returncode, 0)
-        except subprocess.TimeoutExpired as error:
-            bad.append(f"run {run} had not ended after 180 s: {(error.stderr or b'')[-800:]!r}")
-        times.append(time.monotonic() - begun)
-    return Line(f"P1  {number} clean runs of two processes under torchrun: {len(bad)} bad; "
+def clean_runs(folder: Path, data: Path, vae: Path, number: int, together: int) -> Line:
+    """Runs that nothing disturbs, several at a time, so that their threads have to wait for a processor: all end."""
+
+    def one(run: int) -> tuple[list[int | None], float]:
+        recipe = tiny_recipe(folder / f"clean-{run}", data, vae, pictures=16)
+        return end(begin(recipe, 2))
+
+    with ThreadPoolExecutor(together) as pool:
+        found = list(pool.map(one, range(number)))
+    bad = [line for run, (codes, _) in enumerate(found) for line in differs(f"clean run {run}", codes, [0, 0])]
+    times = [taken for _, taken in found]
+    return Line(f"P1  {number} clean runs of two processes, {together} at a time: {len(bad)} bad; "
                 f"{min(times):.1f} to {max(times):.1f} s", bad)  # fmt: skip
 
 
@@ -232,14 +221,14 @@ def proofs(arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, C
     yield "P2", lambda: iter([uneven(folder, vae)])
     yield "P3", lambda: iter([several_as_one(folder, data, vae)])
     yield "R10", lambda: iter([not_finite(folder, data, vae)])
-    yield "clean", lambda: iter([clean_runs(folder, data, vae, arguments.clean)])
+    yield "clean", lambda: iter([clean_runs(folder, data, vae, arguments.clean, arguments.together)])
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", type=Path)
     parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--clean", type=int, default=30)
+    parser.add_argument("--clean", type=int, default=60)
     parser.add_argument("--load", type=int, default=0)
     parser.add_argument("--together", type=int, default=6)
     arguments = parser.parse_args()
