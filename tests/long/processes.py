@@ -1,8 +1,8 @@
 """Processes that fail, die, fall silent or share uneven data, counted: P1, P2, P3 and R10. Prints one line for each.
 
-    python -m tests.long.processes [FOLDER] [--only P1 P2 ...] [--clean 30] [--load 0] [--together 6]
+    python -m tests.long.processes [FOLDER] [--only P1 P2 ...] [--clean 60] [--load 0] [--together 6]
 
-Ends with 1 when anything was bad. Real processes (gloo on the CPU, fp32) do what `python -m train` does. --load: so many
+Ends with 1 when anything was bad. Real processes (gloo on the CPU, fp32) do what `python -m train` does. --load: as many
 processes beside that compute without end. --together: runs of P1 at a time.
 """
 
