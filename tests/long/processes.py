@@ -2,8 +2,8 @@
 
     python -m tests.long.processes [FOLDER] [--only P1 P2 ...] [--clean 60] [--load 0] [--together 6]
 
-Ends with 1 when anything was bad. Real processes (gloo on the CPU, fp32) do what `python -m train` does. --load: as many
-processes beside that compute without end. --together: runs of P1 at a time.
+Ends with 1 when anything was bad. Real processes (gloo on the CPU, fp32) do what `python -m train` does. --load: how
+many processes compute without end beside them. --together: runs of P1 at a time.
 """
 
 import argparse
