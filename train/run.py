@@ -148,7 +148,7 @@ def open_folder(recipe: Recipe) -> None:
 
 def remove_leftovers(out: Path) -> None:
     """Removes what a killed run left half written beside its checkpoints: grids, snapshots, the model."""
-    for pattern in (".tmp-*", ".model-*", "samples/.[0-9]*", "snapshots/.[0-9]*"):
+    for pattern in (".tmp-*", ".model-*", "samples/.*", "snapshots/.*"):
         for leftover in out.glob(pattern):
             if leftover.is_dir():
                 shutil.rmtree(leftover, ignore_errors=True)

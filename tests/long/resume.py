@@ -1,9 +1,10 @@
 """Runs that are killed, stopped and begun again, counted: R1, R4, R5, R9, R11 and R13. Prints one line for each.
 
-    python -m tests.long.resume [FOLDER] [--only R1 R9 ...] [--kills 200] [--signals 50] [--seed 0]
+    python -m tests.long.resume [FOLDER] [--only R1 R9 ...] [--kills 200] [--signals 50] [--seed 0] [--together 4]
 
-Ends with 1 when anything was bad. Every run is of real processes (gloo on the CPU, fp32) that do what `python -m train`
-does, with everything on that has a state or draws; "the same bits" are those of every file that the run leaves.
+Ends with 1 when anything was bad. --together: runs of R4, R11 and R13 at a time. Every run is of real processes (gloo,
+CPU, fp32) that do what `python -m train` does, with everything on that has a state or draws; "the same bits" are those
+of every file that the run leaves.
 """
 
 import argparse
@@ -17,8 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,9 +94,10 @@ def kills(data: Data, count: int, number: int, chance: random.Random) -> Line:
             only = [chance.choice(processes)] if chance.random() < 0.1 else processes
             kill(only)
             left, _ = end(processes, LIMIT) if only is not processes else end(processes)
-            bad += [f"{recipe.out}: {left} after a kill"] * (not {*left} <= {-signal.SIGKILL, EXIT_CODE})
-            new = halves(recipe.out) - leftovers
-            killed, writing, leftovers = killed + 1, writing + bool(new), leftovers | new
+            bad += [f"{recipe.out}: {left} after a kill"] * (not {*left} <= {0, -signal.SIGKILL, EXIT_CODE})
+            if -signal.SIGKILL in left:  # else it had come to its end just before
+                new = halves(recipe.out) - leftovers
+                killed, writing, leftovers = killed + 1, writing + bool(new), leftovers | new
         found = differs(f"{recipe.out}", codes, [0] * count) or differs(f"{recipe.out}", left_by(recipe.out), right)
         bad, runs = bad + found, runs + 1
     text = (f"R1  {count} process{'es' * (count > 1)}: killed {killed} times in {runs} runs, {writing} times "
@@ -129,24 +132,32 @@ def places(data: Data) -> dict[str, tuple[str, int]]:
     }
 
 
-def resumed(data: Data) -> Line:
+def resumed(data: Data, together: int) -> Line:
     """Killed, a run leaves what it would have left anyway; stopped by a signal in validation, without that grid."""
-    bad, runs = [], 0
-    for count, workers in product((1, 2), (0, 2)):
+    ways = [*product((1, 2), (0, 2))]
+    where = places(data)
+
+    def recipe_of(name: str, count: int, workers: int) -> Recipe:
         changes = {"data": {"workers": workers}, "optimizer": {"warmup": 24}}
-        straight = data.recipe(f"straight-{count}-{workers}", **changes)
-        bad += differs(straight.out, finish(straight, count), [0] * count)
-        for (place, where), act in product(places(data).items(), ("killed", "SIGTERM")):
-            recipe = data.recipe(f"{act}-{count}-{workers}-{where[1]}-{len(place)}", **changes)
-            case = f"{act} in {place}, {count} processes, {workers} workers"
-            victims, code = (EVERYONE, -signal.SIGKILL) if act == "killed" else ((count - 1,), STOPPED)
-            bad += differs(case, finish(recipe, count, Disturbance(*where, act, victims)), [code] * count)
-            bad += differs(case, finish(recipe, count), [0] * count)
-            look = left_by if act == "killed" else newest
-            bad += differs(case, look(recipe.out), look(straight.out))
-            runs += 1
-    return Line(f"R4  killed or stopped at {', '.join(places(data))}; 1 and 2 processes, 0 and 2 workers: "
-                f"{runs} runs begun again, {len(bad)} not the same bits", bad)  # fmt: skip
+        return data.recipe(f"{name}-{count}-{workers}".replace(" ", "-"), **changes)
+
+    def one(case: tuple[tuple[int, int], str, str]) -> list[str]:
+        (count, workers), place, act = case
+        recipe, straight = recipe_of(f"{act} {place}", count, workers), recipe_of("straight", count, workers)
+        victims, code = (EVERYONE, -signal.SIGKILL) if act == "killed" else ((count - 1,), STOPPED)
+        found = [*finish(recipe, count, Disturbance(*where[place], act, victims)), *finish(recipe, count)]
+        look = left_by if act == "killed" else newest
+        return differs(recipe.out, found, [code] * count + [0] * count) or differs(
+            recipe.out, look(recipe.out), look(straight.out)
+        )
+
+    with ThreadPoolExecutor(together) as pool:
+        codes = [*pool.map(lambda way: finish(recipe_of("straight", *way), way[0]), ways)]
+        cases = [*product(ways, where, ("killed", "SIGTERM"))]
+        bad = differs("straight", codes, [[0] * count for count, _ in ways])
+        bad += chain.from_iterable(pool.map(one, cases))
+    return Line(f"R4  killed or stopped at {', '.join(where)}; 1 and 2 processes, 0 and 2 workers: {len(cases)} runs "
+                f"begun again, {len(bad)} not the same bits", bad)  # fmt: skip
 
 
 def fewer_and_more(data: Data) -> Line:
@@ -222,23 +233,23 @@ def signals(data: Data, number: int, chance: random.Random) -> Line:
 # R11 and R13
 
 
-def watched_or_not(data: Data) -> Line:
-    bad, runs = [], 0
-    for phase, count in product(("autoencoder", "text", "diffusion"), (1, 2)):
-        found = []
-        for every in (0, 16):
-            vae = None if phase == "autoencoder" else data.vae
-            recipe = full_recipe(data.folder / f"{phase}-{count}-{every}", data.pictures, vae, phase=phase,
-                                 validation={"every": every})  # fmt: skip
-            bad += differs(recipe.out, finish(recipe, count), [0] * count)
-            found.append(newest(recipe.out))
-            runs += 1
-        bad += differs(f"{phase}, {count} processes, validation", *found)
-        shown = [recipe.out / "samples" / f"{seen:012d}.png" for seen in range(16, 65, 16)]
-        bad += differs(f"{phase}, grids", [path.is_file() for path in shown], [True] * 4)
-        bad += differs(f"{phase}, losses", sum("held_out_loss" in row for row in rows(recipe.out)), 4)
-    return Line(f"R11 validation on or off, three phases, 1 and 2 processes: {runs} runs, {len(bad)} bad; weights, "
-                "averages and optimizer are the same bits", bad)  # fmt: skip
+def watched_or_not(data: Data, together: int) -> Line:
+    def one(case: tuple[str, int]) -> list[str]:
+        phase, count = case
+        vae = None if phase == "autoencoder" else data.vae
+        off, on = (full_recipe(data.folder / f"{phase}-{count}-{every}", data.pictures, vae, phase=phase,
+                               validation={"every": every}) for every in (0, 16))  # fmt: skip
+        bad = differs(on.out, [*finish(off, count), *finish(on, count)], [0] * 2 * count)
+        bad += differs(f"{on.out}, validation", newest(on.out), newest(off.out))
+        grids = [(on.out / "samples" / f"{seen:012d}.png").is_file() for seen in range(16, 65, 16)]
+        bad += differs(f"{on.out}, grids", grids, [True] * 4)
+        return bad + differs(f"{on.out}, losses", sum("held_out_loss" in row for row in rows(on.out)), 4)
+
+    cases = [*product(("autoencoder", "text", "diffusion"), (1, 2))]
+    with ThreadPoolExecutor(together) as pool:
+        bad = [*chain.from_iterable(pool.map(one, cases))]
+    return Line(f"R11 validation on or off, three phases, 1 and 2 processes: {len(cases)} pairs of runs, {len(bad)} "
+                "bad; weights, averages and optimizer are the same bits", bad)  # fmt: skip
 
 
 def noted_rates(to: Path, disturb: Callable[[int], None], rank: int) -> None:
@@ -254,43 +265,48 @@ def noted_rates(to: Path, disturb: Callable[[int], None], rank: int) -> None:
     disturb(rank)
 
 
-def rates(data: Data) -> Line:
+def rates(data: Data, together: int) -> Line:
     options = {"learning_rate": 1e-3, "warmup": 32, "decay": "cosine", "final_share": 0.1}
     right = [
         1e-3 * ((seen + 1) / 33 if seen < 32 else 0.1 + 0.9 * math.cos(math.pi / 2 * (seen - 32) / 96) ** 2)
         for seen in range(0, 128, 16)
     ]
-    bad, worst, cells = [], 0.0, 0
-    for count, accumulation, again in product((1, 2, 4), (1, 4), (False, True)):
-        case = f"rates-{count}-{accumulation}-{again}"
-        recipe = data.recipe(case, pictures=128, batch_size=16, gradient_accumulation_steps=accumulation,
+
+    def one(case: tuple[int, int, bool]) -> tuple[float, list[str]]:
+        count, accumulation, again = case
+        to = data.folder / f"rates-{count}-{accumulation}-{again}"
+        recipe = data.recipe(to.name, pictures=128, batch_size=16, gradient_accumulation_steps=accumulation,
                              optimizer=options, validation={"every": 0})  # fmt: skip
-        note, to = partial(noted_rates, data.folder / case), data.folder / case
+        bad, far, note = [], 0.0, partial(noted_rates, to)
         if again:
             stop = Disturbance("train.loop:backward", 4 * accumulation, "SIGTERM")
-            bad += differs(case, finish(recipe, count, partial(note, stop)), [STOPPED] * count)
-        bad += differs(case, finish(recipe, count, partial(note, undisturbed)), [0] * count)
+            bad += differs(to, finish(recipe, count, partial(note, stop)), [STOPPED] * count)
+        bad += differs(to, finish(recipe, count, partial(note, undisturbed)), [0] * count)
         for rank in range(count):
             steps = [json.loads(line) for line in to.with_suffix(f".{rank}").read_text().splitlines()]
             taken = [step for step in steps if any(step)]  # a resumed optimizer makes its state in a step of rate 0
-            bad += differs(f"{case}, process {rank}, steps", len(taken), len(right))
-            far = max(abs(rate - exact) for step, exact in zip(taken, right, strict=False) for rate in step)
-            bad += [f"{case}, process {rank}: {far}"] * (not far < 1e-12)
-            worst = max(worst, far)
-        cells += 1
-    return Line(f"R13 rates of 1, 2 and 4 processes, 1 and 4 micro-batches, resumed or not: {cells} cells, {len(bad)} "
-                f"bad; at most {worst:.1e} from the closed form", bad)  # fmt: skip
+            bad += differs(f"{to}, process {rank}, steps", len(taken), len(right))
+            pairs = zip(taken, right, strict=False)
+            far = max([far, *(abs(rate - exact) for step, exact in pairs for rate in step)])
+        return far, bad + [f"{to}: {far}"] * (not far < 1e-12)
+
+    cases = [*product((1, 2, 4), (1, 4), (False, True))]
+    with ThreadPoolExecutor(together) as pool:
+        found = [*pool.map(one, cases)]
+    bad, worst = [line for _, lines in found for line in lines], max(far for far, _ in found)
+    return Line(f"R13 rates of 1, 2 and 4 processes, 1 and 4 micro-batches, resumed or not: {len(cases)} cells, "
+                f"{len(bad)} bad; at most {worst:.1e} from the closed form", bad)  # fmt: skip
 
 
 def proofs(arguments: argparse.Namespace, data: Data) -> Iterator[tuple[str, Callable[[], Line]]]:
     chance = random.Random(arguments.seed)
     for count in (1, 2):
         yield f"R1-{count}", partial(kills, data, count, arguments.kills // 2, chance)
-    yield "R4", partial(resumed, data)
+    yield "R4", partial(resumed, data, arguments.together)
     yield "R5", partial(fewer_and_more, data)
     yield "R9", partial(signals, data, arguments.signals, chance)
-    yield "R11", partial(watched_or_not, data)
-    yield "R13", partial(rates, data)
+    yield "R11", partial(watched_or_not, data, arguments.together)
+    yield "R13", partial(rates, data, arguments.together)
 
 
 def main() -> int:
@@ -300,6 +316,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--signals", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--together", type=int, default=4)
     arguments = parser.parse_args()
     bad = 0
     with tempfile.TemporaryDirectory(dir=arguments.folder) as place:
