@@ -223,7 +223,7 @@ def signals(data: Data, number: int, chance: random.Random) -> Line:
         case = f"run {run}, {which.name}"
         bad += differs(case, codes, [STOPPED, STOPPED]) + [f"{case}: {taken:.0f} s"] * (taken > 30)
         logs = [path.read_text().splitlines()[-1] for path in recipe.out.glob("samples-*.jsonl")]
-        saved = max(int(path.name) for path in (recipe.out / "checkpoints").glob("[0-9]*"))
+        saved = max([0, *(int(path.name) for path in (recipe.out / "checkpoints").glob("[0-9]*"))])
         bad += differs(f"{case}, saved", [saved, saved], [json.loads(line)["pictures"] for line in logs])
         shutil.rmtree(recipe.out)
     return Line(f"R9  SIGTERM and SIGINT to one or both of two processes at {number} instants, {in_validation} of them "
