@@ -34,6 +34,8 @@ class Company:
         self.state: dict[str, Any] = {"beat": 0, "pictures": 0, "step": 0, "failed": None, "suspects": False}
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.guard = threading.Thread(target=self._guard, daemon=True)
+        self.heard = 0.0  # when the place where they ask last answered
 
     def __enter__(self) -> Company:
         if self.processes.count > 1:
@@ -48,7 +50,9 @@ class Company:
                 self.store = dist.TCPStore(host, port, is_master=False, timeout=wait)
             self._tell()
             self.processes.wait()
+            self.heard = time.monotonic()
             self.thread.start()
+            self.guard.start()
         return self
 
     def at(self, pictures: int, step: int) -> None:
@@ -68,7 +72,7 @@ class Company:
                 self.store.set("verdict", _Listener.failed(0, self.state))
                 time.sleep(3 * BEAT)
         self.over.set()
-        self.thread.join()
+        self.guard.join()
         if error is None:
             self.processes.wait()  # the place where they ask lies with the first process, and must outlive every thread
 
@@ -87,14 +91,29 @@ class Company:
                         self.store.set("verdict", found)
                 if self.store.check(["verdict"]):
                     self._end(self.store.get("verdict").decode())
+                self.heard = time.monotonic()
             except (dist.DistError, RuntimeError):
                 if not self.over.wait(GRACE):
-                    self._end(f"process 0 is gone, at picture {self.state['pictures']} or later")
+                    self._end(f"process 0 is gone, {self._here()}")
+
+    def _guard(self) -> None:
+        """Ends this process when the thread waits for an answer without end, as it does while the first is stopped."""
+        while self.thread.is_alive():
+            silent = time.monotonic() - self.heard
+            if silent > SILENCE:
+                self._leave(f"process 0 was killed or stopped, {self._here()}: no answer for {silent:.0f} seconds")
+            self.thread.join(BEAT)
+
+    def _here(self) -> str:
+        return f"at picture {self.state['pictures']}, step {self.state['step']} or later"
 
     def _end(self, verdict: str) -> None:
+        """Ends this process, unless it does so by itself."""
+        if not self.over.wait(GRACE):
+            self._leave(verdict)
+
+    def _leave(self, verdict: str) -> None:
         """Ends this process, whose main thread may wait in an operation that never returns."""
-        if self.over.wait(GRACE):
-            return
         print(
             f"error: {verdict}; process {self.processes.rank} ends too\n"
             "  try: the same command, which goes on from the last checkpoint",

@@ -32,7 +32,7 @@ PATIENCE = timedelta(hours=6)
 BLOCKS = {"Conv2d", "FeedForward"}
 
 # DDP's reducer, were it the last to let go of a process group, would wait, holding Python's lock, for a thread of that
-# group that needs this lock. So a process keeps its groups to its end.
+# group that needs this lock (pytorch issue 56297). So a process keeps its groups to its end.
 _GROUPS: list[dist.ProcessGroup | None] = []
 
 

@@ -139,14 +139,17 @@ def backward(accelerator: Accelerator, run: Run, lap: Callable[[str], None]) -> 
 
 def not_finite(run: Run, losses: Losses) -> NotFinite:
     """What is said, by every process alike, of a step whose loss or gradient is not finite somewhere."""
-    names = [
-        run.source[sample.index].name
+    own = [
+        (run.source[sample.index].name, sample.position, finite)
         for samples, loss_B in losses
         for sample, finite in zip(samples, loss_B.isfinite().tolist(), strict=True)
-        if not finite
     ]
-    found = [f"{name} (process {rank})" for rank, part in enumerate(run.processes.gather(names)) for name in part]
-    where = f"the loss of {', '.join(found[:8])}" if found else "no loss, but the gradient"
+    seen = [(f"{name} (picture {position}, process {rank})", finite)
+            for rank, part in enumerate(run.processes.gather(own)) for name, position, finite in part]  # fmt: skip
+    broken = [name for name, finite in seen if not finite]
+    names = broken or [name for name, _ in seen]
+    where = ("the loss of " if broken else "no loss, but the gradient over ") + ", ".join(names[:8])
+    where += f" and {len(names) - 8} more" if len(names) > 8 else ""
     return NotFinite(
         f"the step over pictures {run.seen} to {run.seen + run.recipe.batch_size - 1} is not finite: "
         f"{where}; it was not applied",

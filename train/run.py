@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -148,6 +149,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     resume(run)
     checkpoints.remove_leftovers()
     if processes.first:
+        remove_leftovers(recipe.out)
         (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     if recipe.compile:
         run.module = cast(nn.Module, torch.compile(module))
@@ -165,6 +167,16 @@ def open_folder(recipe: Recipe) -> None:
         raise GazeError(error.problem, "another place with out=DIR") from None
     if recipe.data.drawn:
         draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what a killed run left half written beside its checkpoints: grids, snapshots, the model."""
+    for pattern in (".tmp-*", ".model-*", "samples/.*", "snapshots/.*"):
+        for leftover in out.glob(pattern):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink()
 
 
 def open_stream(recipe: Recipe, source: Source, part: Part = "train") -> Stream:

@@ -1,9 +1,14 @@
 """What the first process makes of the others' signs of life."""
 
+import threading
+import time
+from typing import NoReturn
+
 import pytest
 
 from train import company
-from train.company import SILENCE, SUSPECT, _Listener
+from train.company import EXIT_CODE, SILENCE, SUSPECT, Company, _Listener
+from train.processes import Processes
 
 
 @pytest.fixture
@@ -39,3 +44,55 @@ def test_a_silent_process_is_named_sooner_where_an_operation_has_failed(clock, s
     clock[0] += 0.2
     said = listener.verdict([state(3, suspects=suspects), state(1)])
     assert said.startswith("process 1 was killed or stopped at picture 48, step 6: no sign of life")
+
+
+class Left(BaseException):
+    """In the place of os._exit."""
+
+
+@pytest.fixture
+def member(monkeypatch):
+    """Of two, the second, which has no patience."""
+
+    def leave(code: int) -> NoReturn:
+        raise Left(code)
+
+    monkeypatch.setattr(company.os, "_exit", leave)
+    for name in ("BEAT", "GRACE", "SILENCE"):
+        monkeypatch.setattr(company, name, 0.01)
+    member = Company(Processes(1, 2))
+    member.heard = time.monotonic()
+    member.at(48, 6)
+    return member
+
+
+def test_where_the_first_process_is_gone_the_others_say_so_and_how_far_they_were(member, capsys):
+    class Gone:
+        def set(self, *_):
+            raise RuntimeError("Broken pipe")
+
+    member.store = Gone()
+    with pytest.raises(Left) as left:
+        member._watch()
+    assert left.value.args == (EXIT_CODE,)
+    assert capsys.readouterr().err.startswith("error: process 0 is gone, at picture 48, step 6 or later; process 1")
+
+
+def test_where_the_first_process_is_stopped_nobody_waits_for_its_answer(member, capsys):
+    answered = threading.Event()
+
+    class Stopped:
+        def set(self, *_):
+            answered.wait(30)
+
+    member.store = Stopped()
+    member.thread.start()
+    with pytest.raises(Left) as left:
+        member._guard()
+    assert left.value.args == (EXIT_CODE,)
+    said = capsys.readouterr().err
+    assert said.startswith("error: process 0 was killed or stopped, at picture 48, step 6 or later: no answer for")
+    member.over.set()
+    answered.set()
+    member.thread.join()
+    member._guard()  # has nothing left to guard

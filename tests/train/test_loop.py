@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from diffusion.errors import GazeError
 from diffusion.pretrained import load_model
 from diffusion.text import TextEncoder
 from pipelines import TextToImage
+from tests.train.threads import together
 from tests.train.tiny import (
     difference,
     make_pictures,
@@ -34,7 +36,9 @@ from tests.train.tiny import (
 from train import __main__ as command
 from train.data.decode import decode
 from train.data.folder import Folder
-from train.loop import NotFinite, is_due
+from train.data.stream import Sample
+from train.loop import NotFinite, is_due, not_finite
+from train.processes import Processes
 from train.run import export
 
 PROMPTS = ("red square", "a blue one")
@@ -157,7 +161,14 @@ def test_the_log_of_samples_is_of_the_stream_and_outlives_a_stop(diffusion):
     log = recipe.out / "samples-00000.jsonl"
     with log.open("a") as file:
         file.write('{"pictures": 16, "samples": []}\n{"pic')  # of a step that no checkpoint holds, and cut short
+    for folder in (".tmp-1", ".model-1", ".model-1-old"):
+        (recipe.out / folder / "unet").mkdir(parents=True)
+    for name in ("samples", "snapshots"):
+        (recipe.out / name).mkdir()
+        (recipe.out / name / ".000000000016.png-1").touch()
+        (recipe.out / name / ".tmpXCibi7").touch()  # safetensors writes beside, too
     run_here(recipe)
+    assert not list(recipe.out.rglob(".*"))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["pictures"] for line in lines] == [*range(8, 81, 8)]
     stream, _ = open_phase(recipe)
@@ -284,6 +295,20 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(diffusion, monkeypa
         assert all(value.isfinite().all() for value in weights(recipe.out, part).values())
     run_here(recipe)
     assert rows(recipe.out)[-1]["pictures"] == 80
+
+
+def test_samples_are_named_whose_loss_is_not_finite_or_else_all_of_the_gradient():
+    def said(rank: Processes, loss_B: list[float]) -> str:
+        samples = [Sample(position, 9 - position, *[None] * 8) for position in range(40 + rank.rank, 44, 2)]
+        run = SimpleNamespace(seen=40, recipe=SimpleNamespace(batch_size=4), processes=rank,
+                              source=[SimpleNamespace(name=f"{number}.png") for number in range(-50, 0)])  # fmt: skip
+        return not_finite(run, [(samples, torch.tensor(loss_B))]).problem
+
+    loss = together(2, lambda rank: said(rank, [1.0, float("nan") if rank.rank else 1.0]))
+    assert loss[0] == loss[1]
+    assert "pictures 40 to 43 is not finite: the loss of -34.png (picture 43, process 1);" in loss[0]
+    gradient = together(2, lambda rank: said(rank, [1.0, 1.0]))
+    assert [gradient[0].count(f"picture {position}, process {position % 2})") for position in range(40, 44)] == [1] * 4
 
 
 def test_a_learning_rate_far_too_high_is_found_too(diffusion):

@@ -138,6 +138,7 @@ def test_the_rates_that_several_processes_take(tmp_path, processes, accumulation
         process.start()
     for process in started:
         process.join(60)
+    assert [process.exitcode for process in started] == [0] * processes
     expected = [1e-3 * min((seen + 1) / 17, math.cos(math.pi / 2 * max(seen - 16, 0) / 48) ** 2)
                 for seen in range(0, 64, 8)]  # fmt: skip
     for rank in range(processes):

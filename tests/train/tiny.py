@@ -33,9 +33,12 @@ UNET: dict[str, Any] = {
 }
 TEXT: dict[str, Any] = {"vocab_size": 530, "window": 8, "width": 16, "layers": 1, "heads": 2}
 
-# Training processes are forked from a server that has everything imported but has run nothing.
+# Training processes are forked from a server that has everything imported but has run nothing. Making an optimizer
+# imports torch's compiler, which takes seconds.
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.train.tiny", "train.loop", "train.autoencoder_phase", "train.diffusion_phase"])
+PROCESSES.set_forkserver_preload(
+    ["tests.train.tiny", "train.loop", "train.autoencoder_phase", "train.diffusion_phase", "torch._dynamo"]
+)
 
 
 def make_pictures(folder: Path, count: int = 20) -> Path:
