@@ -85,6 +85,9 @@ def test_where_the_first_process_is_stopped_nobody_waits_for_its_answer(member, 
         def set(self, *_):
             answered.wait(30)
 
+        def check(self, keys):
+            return False
+
     member.store = Stopped()
     member.thread.start()
     with pytest.raises(Left) as left:

@@ -157,7 +157,7 @@ def run_and_leave(store: dist.Store, rank: int) -> None:
     """What a run does with Accelerate and DDP."""
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = make_accelerator(Recipe(phase="text", out=".", pictures=1, data={"drawn": 1}))
+    accelerator = make_accelerator(Recipe(phase="text", out=".", pictures=64, data={"drawn": 1}))
     module = accelerator.prepare(torch.nn.Linear(2000, 200))
     module(torch.ones(1, 2000)).sum().backward()
     Processes(rank, 2).wait()
