@@ -81,8 +81,8 @@ class Lora(Section):
 
 class Model(Section):
     init_from: str | None = None  # folder, single file or hub name of a model to fine-tune; its own config then counts
-    train: tuple[str, ...] | None = None  # patterns of parameter names, as "unet.*attn2*"; None = all that is fresh,
-    # and the U-Net alone with init_from
+    # patterns of parameter names, as "unet.*attn2*"; None = all that is fresh, and the U-Net alone with init_from
+    train: tuple[str, ...] | None = None
     lora: Lora = Lora()
     autoencoder: dict[str, Any] = {}  # diffusers' AutoencoderKL config, trained in the autoencoder phase
     autoencoder_from: Path | None = None  # vae/ folder for the later phases; None = the shipped model's
@@ -156,9 +156,8 @@ class Recipe(Section):
     seed: NotNegative = 0
     resume: str = "auto"  # auto: from the newest sound checkpoint, if any; never; or a checkpoint's folder
     pictures: Positive  # how many are seen in the whole run
-    batch_size: Annotated[int, Field(gt=0, le=2**24)] = (
-        64  # pictures per optimizer step, over all processes and accumulation steps
-    )
+    # pictures per optimizer step, over all processes and accumulation steps
+    batch_size: Annotated[int, Field(gt=0, le=2**24)] = 64
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -37,32 +37,12 @@ from .optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors,
 from .processes import Processes
 from .signals import shield
 from .snapshots import PowerAverages, reconstruct
-from .validation import Samples
+from .validation import Samples, Watched
 from .zero import follow_weights
 
 
-class Phase(Protocol):
+class Phase(Watched, Protocol):
     """What is trained. The loop knows no more of it than this."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
-        """The loss of each sample, B; module is self.module as Accelerate wrapped it. u_B: in (0, 1), fixes each
-        sample's quantile of the density of noise levels, where the phase has one."""
-
-    def levels(self, u_B: Tensor) -> list[float]:
-        """The noise level, sigma, at each of these quantiles; none where the phase has no noise levels."""
-
-    @property
-    def shown(self) -> int:
-        """How many pictures a grid has."""
-
-    def figures(self) -> dict[str, float]:
-        """Further figures of the current weights for the log."""
-
-    def pictures(self, numbers: Sequence[int]) -> Tensor:
-        """The shown pictures of these numbers, of the current weights, BCHW in [-1, 1]."""
 
     def export(self, folder: Path) -> None:
         """Writes the current weights as a diffusers folder."""
