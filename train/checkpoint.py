@@ -45,10 +45,9 @@ class Checkpoints:
     def find(self, resume: str) -> Path | None:
         """The checkpoint to go on from, verified, or None to begin anew. resume: as in the recipe.
 
-        Raises GazeError when `resume` forbids what is there or names what cannot be used, when there are some but none
-        is whole, and when a process sees another folder than the others.
+        Raises GazeError when `resume` forbids what is there or names what cannot be used, and when there are some but
+        none is whole.
         """
-        self._check_shared()
         if resume not in ("auto", "never"):
             problem = files.verify(Path(resume), self.processes)
             if problem is not None:
@@ -165,20 +164,6 @@ class Checkpoints:
                 files.discard(old)
         except OSError as error:
             self._warn(f"an old checkpoint cannot be removed: {error}")
-
-    def _check_shared(self) -> None:
-        mark = self.folder.parent / self.processes.gather(f".tmp-{uuid.uuid4().hex}")[0]
-        if self.processes.first:
-            mark.mkdir(parents=True)
-        self.processes.wait()
-        seen = self.processes.gather(mark.exists())
-        if self.processes.first:
-            mark.rmdir()
-        if not all(seen):
-            raise GazeError(
-                f"process {seen.index(False)} does not see what process 0 writes into {mark.parent.resolve()}",
-                "out=DIR on a file system that all machines share",
-            )
 
     def _warn(self, text: str) -> None:
         if self.processes.first:

@@ -34,7 +34,7 @@ from .ema import EMA
 from .interval import Interval
 from .launch import prepared
 from .optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from .processes import Processes
+from .processes import Processes, check_shared
 from .signals import shield
 from .snapshots import PowerAverages, reconstruct
 from .validation import Samples, Watched
@@ -111,9 +111,7 @@ class Run:
 
 def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> Run:
     """Everything that the loop needs. Raises GazeError for what cannot work."""
-    if processes.first:
-        open_folder(recipe)
-    processes.wait()
+    open_folder(recipe, processes)
     source = open_source(recipe, processes)
     data = open_stream(recipe, source)
     phase = make_phase(recipe, data, processes)
@@ -139,14 +137,17 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     return run
 
 
-def open_folder(recipe: Recipe) -> None:
-    """Makes the run's folder, and the pictures in it that the recipe asks to draw."""
-    try:
-        check_writable(recipe.out)
-    except GazeError as error:
-        raise GazeError(error.problem, "another place with out=DIR") from None
-    if recipe.data.drawn:
+def open_folder(recipe: Recipe, processes: Processes) -> None:
+    """Makes the run's folder, which all processes must see, and the pictures in it that the recipe asks to draw."""
+    if processes.first:
+        try:
+            check_writable(recipe.out)
+        except GazeError as error:
+            raise GazeError(error.problem, "another place with out=DIR") from None
+    check_shared(recipe.out, processes, "out")
+    if recipe.data.drawn and processes.first:
         draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed)
+    processes.wait()
 
 
 def remove_leftovers(out: Path) -> None:

@@ -25,7 +25,9 @@ from train import checkpoint, checkpoint_files
 from train.checkpoint import Checkpoints, NotSaved
 from train.checkpoint_files import ALONE, MANIFEST, differences, load, verify
 from train.processes import Processes
+from train.run import open_folder
 from train.sharding import parted_like
+from train.store import Store
 
 RECIPE = {"seed": 0, "optimizer": {"learning_rate": 1e-3, "clip": 1.0}}
 STATE = {"identity": "recipe", "recipe": RECIPE}
@@ -206,15 +208,23 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000008", "notes"]
 
 
-def test_machines_that_see_different_folders_are_told(tmp_path):
+@pytest.mark.parametrize(
+    "option, open_it",
+    [
+        ("out", lambda folder, processes: open_folder(tiny_recipe(folder, folder), processes)),
+        ("data.cache", Store),
+    ],
+)
+def test_machines_that_see_different_folders_are_told(tmp_path, option, open_it):
     def work(processes: Processes) -> str:
         with pytest.raises(GazeError) as error:
-            Checkpoints(tmp_path / str(processes.rank // 2) / "checkpoints", 2, processes).find("auto")
+            open_it(tmp_path / str(processes.rank // 2), processes)
         return str(error.value)
 
-    said = together(3, work)
-    assert len({text.replace("/2", "/1") for text in said}) <= 2
-    assert all("process 2 does not see what process 0 writes" in text and "all machines share" in text for text in said)
+    for said in together(3, work):
+        assert "process 2 does not see what process 0 writes" in said
+        assert f"{option}=DIR on a file system that all machines share" in said
+    assert list((tmp_path / "0").iterdir()) == []
 
 
 # What is broken is found
