@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import warnings
@@ -18,6 +19,7 @@ from torch.amp import GradScaler
 from torch.utils.data import DataLoader
 
 from diffusion.errors import GazeError
+from diffusion.files import replacing_file
 from diffusion.recompute import recompute
 from pipelines.files import check_writable
 
@@ -127,8 +129,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     resume(run)
     checkpoints.remove_leftovers()
     if processes.first:
-        remove_leftovers(recipe.out)
-        (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        remove_leftovers(recipe.out, run.seen >= recipe.pictures)
+        with replacing_file(recipe.out / "recipe.yaml") as aside:
+            aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     if recipe.compile:
         run.module = cast(nn.Module, torch.compile(module))
     run.batches = load(recipe, data, run.seen, processes)
@@ -150,14 +153,20 @@ def open_folder(recipe: Recipe, processes: Processes) -> None:
     processes.wait()
 
 
-def remove_leftovers(out: Path) -> None:
-    """Removes what a killed run left half written beside its checkpoints: grids, snapshots, the model."""
-    for pattern in (".tmp-*", ".model-*", "samples/.*", "snapshots/.*"):
+def remove_leftovers(out: Path, at_the_end: bool) -> None:
+    """Removes what a killed run left half written beside its checkpoints: its recipe, grids, snapshots, the model.
+
+    at_the_end: all steps were made. Before it no run writes a model, but `train export` may be doing so now.
+    """
+    some = "[0-9a-f]" * 8  # as `replacing` and `replacing_file` end the names of what is not whole
+    for pattern in (f".tmp-{some}*", f".recipe.yaml-{some}", f"samples/.*.png-{some}",
+                    f"snapshots/.*.safetensors-{some}", "snapshots/.tmp??????"):  # fmt: skip
         for leftover in out.glob(pattern):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink()
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)
+    for pattern in (f".model-{some}", f".model-{some}-old") if at_the_end else ():
+        for leftover in out.glob(pattern):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def open_stream(recipe: Recipe, source: Source, part: Part = "train") -> Stream:
@@ -233,8 +242,10 @@ def export(recipe: Recipe, width: float | None = None, source: Source | None = N
     )
     data = open_stream(uncached, source)
     phase = make_phase(uncached, data, Processes())
-    tensors, _ = load_checkpoint(newest, belongs_to(recipe, data, phase))
-    averages = tensors["ema"] if width is None else reconstruct(recipe.out / "snapshots", width)[1]
+    own = belongs_to(recipe, data, phase)
+    averages = load_checkpoint(newest, own)[0]["ema"]
+    if width is not None:
+        averages = reconstruct(recipe.out / "snapshots", width, own["identity"])[1]
     load_trained(phase.module, averages)
     phase.export(recipe.out / "model")
     return recipe.out / "model"

@@ -109,24 +109,28 @@ def fit(profiles: Sequence[Profile], wanted: Profile) -> tuple[np.ndarray, float
     return coefficients, float(np.sqrt(max(apart, 0.0) / own))
 
 
-def reconstruct(folder: Path, width: float) -> tuple[int, dict[str, Tensor]]:
+def reconstruct(folder: Path, width: float, identity: str) -> tuple[int, dict[str, Tensor]]:
     """The weights averaged with `width` up to the newest snapshot in `folder`, after the pictures seen there.
 
-    Raises GazeError when snapshots are missing, broken or of several runs, or cannot express the width.
+    Raises GazeError when snapshots are missing, broken or not of the run of this identity, or cannot express the width.
     """
     paths = sorted(folder.glob("[0-9]*.safetensors"))
     if not paths:
         raise GazeError(f"{folder} holds no snapshots", "a run with ema.snapshots_every, or export without --ema-width")
     try:
-        return _reconstruct(paths, width)
+        return _reconstruct(paths, width, identity)
     except (OSError, SafetensorError, ValueError) as error:
         raise GazeError(f"a snapshot in {folder} cannot be read: {error}", "remove it, if others remain") from None
 
 
-def _reconstruct(paths: Sequence[Path], width: float) -> tuple[int, dict[str, Tensor]]:
+def _reconstruct(paths: Sequence[Path], width: float, identity: str) -> tuple[int, dict[str, Tensor]]:
     files = {int(path.stem): safe_open(path, "pt") for path in paths}
-    if len({file.metadata()["identity"] for file in files.values()}) > 1:
-        raise GazeError(f"{paths[0].parent} holds snapshots of several runs", "remove those of the older run")
+    found = {
+        path.name: (file.metadata() or {}).get("identity") for path, file in zip(paths, files.values(), strict=True)
+    }
+    other = [name for name, theirs in found.items() if theirs != identity]
+    if other:
+        raise GazeError(f"{paths[0].parent} holds snapshots of another run: {', '.join(other[:3])}", "remove them")
     names: dict[tuple[int, str], list[str]] = {}  # of the tensors in each average
     for pictures, file in files.items():
         for key in file.keys():  # noqa: SIM118 - no dict

@@ -39,7 +39,7 @@ from train.data.folder import Folder
 from train.data.stream import Sample
 from train.loop import NotFinite, is_due, not_finite
 from train.processes import Processes
-from train.run import export
+from train.run import export, remove_leftovers
 
 PROMPTS = ("red square", "a blue one")
 
@@ -161,12 +161,9 @@ def test_the_log_of_samples_is_of_the_stream_and_outlives_a_stop(diffusion):
     log = recipe.out / "samples-00000.jsonl"
     with log.open("a") as file:
         file.write('{"pictures": 16, "samples": []}\n{"pic')  # of a step that no checkpoint holds, and cut short
-    for folder in (".tmp-1", ".model-1", ".model-1-old"):
-        (recipe.out / folder / "unet").mkdir(parents=True)
-    for name in ("samples", "snapshots"):
-        (recipe.out / name).mkdir()
-        (recipe.out / name / ".000000000016.png-1").touch()
-        (recipe.out / name / ".tmpXCibi7").touch()  # safetensors writes beside, too
+    for name in (".recipe.yaml-0a1b2c3d", "samples/.000000000016.png-0a1b2c3d"):
+        (recipe.out / name).parent.mkdir(exist_ok=True)
+        (recipe.out / name).touch()
     run_here(recipe)
     assert not list(recipe.out.rglob(".*"))
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -177,6 +174,21 @@ def test_the_log_of_samples_is_of_the_stream_and_outlives_a_stop(diffusion):
     dropped = [row["captions_dropped"] for row in rows(recipe.out)]
     parts = [range(n, n + 16) for n in range(0, 80, 16)]
     assert dropped == pytest.approx([sum(stream[n].dropped for n in part) / len(part) for part in parts])
+
+
+@pytest.mark.parametrize("at_the_end", [True, False])
+def test_only_what_a_run_leaves_half_written_is_removed(tmp_path, at_the_end):
+    own = [".tmp-" + "0123456789abcdef" * 2, ".recipe.yaml-0a1b2c3d", "samples/.000000000016.png-0a1b2c3d",
+           "snapshots/.000000000016.safetensors-0a1b2c3d", "snapshots/.tmpXCibi7"]  # fmt: skip
+    exported = [".model-0a1b2c3d/unet", ".model-0a1b2c3d-old/unet"]
+    others = ["samples/.nfs0000000001a2b3c400000001", ".report.html-0a1b2c3d", ".model-of-mine/unet",
+              "samples/.ipynb_checkpoints/1.png-0a1b2c3d"]  # fmt: skip
+    for name in (*own, *exported, *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, at_the_end)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {*others, *(() if at_the_end else exported)}
 
 
 def test_workers_give_the_same_bits(diffusion):

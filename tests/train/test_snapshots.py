@@ -99,7 +99,7 @@ def test_the_averages_are_the_weighted_sums(walk, width):
 
 @pytest.mark.parametrize("width", [0.03, 0.05, 0.075, 0.1, 0.13, 0.2, 0.23])
 def test_any_width_comes_out_of_the_snapshots(walk, width):
-    pictures, found = reconstruct(walk.folder, width)
+    pictures, found = reconstruct(walk.folder, width, "one")
     assert pictures == BATCH * STEPS
     right = walk.by_hand(width)
     spread = (walk.by_hand(0.1) - walk.by_hand(0.05)).norm()
@@ -110,11 +110,11 @@ def test_any_width_comes_out_of_the_snapshots(walk, width):
 @pytest.mark.parametrize("width", [0.005, 0.284, 0.5, 0.0, -1.0, float("nan")])
 def test_a_width_out_of_reach_is_refused_with_those_in_reach(walk, width):
     with pytest.raises(GazeError, match=r"16 snapshots.* do not express") as error:
-        reconstruct(walk.folder, width)
+        reconstruct(walk.folder, width, "one")
     low, high = error.value.hint.split(";")[0].removeprefix("--ema-width ").split(" to ")
     assert 0.01 < float(low) < 0.03 < 0.2 < float(high) < 0.27
     for fits in (low, high):
-        reconstruct(walk.folder, float(fits))
+        reconstruct(walk.folder, float(fits), "one")
 
 
 def test_averages_come_back_exactly():
@@ -131,16 +131,18 @@ def test_averages_come_back_exactly():
 
 def test_no_snapshots_broken_ones_and_those_of_two_runs(tmp_path):
     with pytest.raises(GazeError, match="holds no snapshots"):
-        reconstruct(tmp_path, 0.1)
+        reconstruct(tmp_path, 0.1, "one")
     averages = PowerAverages(nn.Linear(3, 3), WIDTHS)
     averages.store(tmp_path, 10, "one")
+    with pytest.raises(GazeError, match=r"another run: 000000000010\.safetensors"):
+        reconstruct(tmp_path, 0.1, "another")
     averages.store(tmp_path, 20, "another")
-    with pytest.raises(GazeError, match="several runs"):
-        reconstruct(tmp_path, 0.1)
+    with pytest.raises(GazeError, match=r"another run: 000000000020\.safetensors"):
+        reconstruct(tmp_path, 0.1, "one")
     file = tmp_path / "000000000020.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(GazeError, match="cannot be read"):
-        reconstruct(tmp_path, 0.1)
+        reconstruct(tmp_path, 0.1, "one")
     assert {path.name for path in tmp_path.iterdir()} == {"000000000010.safetensors", file.name}
 
 
