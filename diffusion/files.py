@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -150,8 +152,19 @@ def write_part(
     write_json(folder / "config.json", config)
     tensors = {name: value.detach().to("cpu", dtype).contiguous() for name, value in state.items()}
     weights = folder / f"{stem}.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
+    save_tensors(tensors, weights, {"format": "pt"})
     shutil.copymode(folder / "config.json", weights)  # safetensors makes files that only their owner can read
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """As safetensors' `save_file`, but what the system refuses is an OSError, as it is for any other file."""
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def differences(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -38,26 +39,32 @@ def main() -> int:
     if not debug:
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
-        if words[0] == "data":
-            return data(words[1:])
-        if words[0] == "plan":
-            from . import plan
-
-            return plan.main(words[1:])
-        if words[0] == "report":
-            from . import report
-
-            return report.main(words[1:])
-        if words[0] == "export":
-            return export(words[1:])
-        return run(words)
-    except GazeError as error:
+        return ask(words)
+    except (GazeError, OSError) as caught:
         if debug:
             raise
+        error = refused(caught) if isinstance(caught, OSError) else caught
         print(f"error: {error}" if RANK == 0 else f"error in process {RANK}: {error}", file=sys.stderr)
         return getattr(error, "exit_code", 1)
     except KeyboardInterrupt:
         return 130
+
+
+def ask(words: list[str]) -> int:
+    """The exit code of the command that the words name, which is to train unless it is another."""
+    if words[0] == "data":
+        return data(words[1:])
+    if words[0] == "plan":
+        from . import plan
+
+        return plan.main(words[1:])
+    if words[0] == "report":
+        from . import report
+
+        return report.main(words[1:])
+    if words[0] == "export":
+        return export(words[1:])
+    return run(words)
 
 
 def run(words: list[str]) -> int:
@@ -83,11 +90,6 @@ def run(words: list[str]) -> int:
         if RANK == 0:
             print(f"stopped {where}; the same command goes on from there", file=sys.stderr)
         return 130
-    except OSError as error:
-        raise NotWritten(
-            f"{error.filename or recipe.out}: {error.strerror or error}",
-            "free some space or repair the disk, then the same command; it goes on from the last checkpoint",
-        ) from error
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
             raise
@@ -101,10 +103,20 @@ def run(words: list[str]) -> int:
     return 0
 
 
-class NotWritten(GazeError):
-    """A file of the run could not be read or written; its checkpoints are untouched."""
+class DiskFailed(GazeError):
+    """A file could not be read or written, because the disk is full or broken; a run's checkpoints are untouched."""
 
     exit_code = 74
+
+
+def refused(error: OSError) -> GazeError:
+    """What is said of something that the system refused."""
+    says = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        return DiskFailed(says, "free some space or repair the disk, then the same command")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return GazeError(says, "another place, or its permissions")
+    return GazeError(says, "the same command with --debug tells what was being done")
 
 
 def as_keys(words: list[str]) -> list[str]:

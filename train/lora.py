@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion.clip import PREFIX
 from diffusion.errors import GazeError
-from diffusion.files import replacing, replacing_file
+from diffusion.files import replacing, replacing_file, save_tensors
 from diffusion.lora import FILE
 
 from .config import Lora
@@ -64,7 +63,7 @@ def save(networks: Mapping[str, nn.Module], lora: Lora, folder: Path, dtype: tor
     that is there. alpha / rank is multiplied into the matrices, so that no reader need know it."""
     tensors = {key: value.to("cpu", dtype).contiguous() for key, value in _matrices(networks, lora)}
     with replacing(folder) as aside, replacing_file(aside / FILE) as file:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_tensors(tensors, file, {"format": "pt"})
 
 
 def _matrices(networks: Mapping[str, nn.Module], lora: Lora) -> Iterator[tuple[str, Tensor]]:

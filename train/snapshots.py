@@ -16,11 +16,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion.errors import GazeError
-from diffusion.files import replacing_file
+from diffusion.files import replacing_file, save_tensors
 
 from .ema import Average
 from .sharding import whole
@@ -67,10 +66,7 @@ class PowerAverages:
         if not first:
             return
         with replacing_file(folder / f"{pictures:012d}.safetensors") as aside:
-            try:
-                save_file(tensors, aside, metadata={"identity": identity})
-            except SafetensorError as error:
-                raise OSError(str(error)) from None
+            save_tensors(tensors, aside, {"identity": identity})
             with aside.open("rb") as file:
                 os.fsync(file.fileno())
 

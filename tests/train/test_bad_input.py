@@ -6,12 +6,14 @@ import pytest
 import torch.distributed as dist
 import yaml
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 
+from diffusion import files
 from diffusion.errors import GazeError
 from tests.small_pipeline import small_pipeline
 from tests.train.tiny import make_pictures, make_vae, newest_files, run_here, tiny_recipe
 from train import __main__ as command
-from train import launch, loop, snapshots
+from train import launch, loop, plan, report, snapshots
 from train.__main__ import as_keys
 from train.config import Recipe
 
@@ -24,8 +26,8 @@ def ask(tmp_path, monkeypatch, capsys):
                                       "data": {"folder": str(tmp_path)}}))  # fmt: skip
     monkeypatch.setattr("warnings.showwarning", None)
 
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["train", str(recipe), *words])
+    def run(*words: str, config: str = str(recipe)) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["train", config, *words])
         code = command.main()
         problem, _, hint = capsys.readouterr().err.partition("\n  try: ")
         return code, problem, hint
@@ -69,6 +71,9 @@ def test_what_is_no_checkpoint_is_named(tmp_path, ask, given):
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory does not suffice", "plan"),
         (MemoryError(), 1, "memory does not suffice", "gradient_checkpointing=true"),
         (OSError(28, "No space left on device", "runs/x/recipe.yaml"), 74, "runs/x/recipe.yaml: No space left", "free"),
+        (OSError(5, "Input/output error", "runs/x"), 74, "runs/x: Input/output error", "repair the disk"),
+        (OSError(30, "Read-only file system", "runs/x"), 1, "runs/x: Read-only file system", "permissions"),
+        (OSError(24, "Too many open files"), 1, "Too many open files", "--debug"),
     ],
 )
 def test_what_the_machine_lacks_is_said_in_two_lines(ask, monkeypatch, error, code, says, hint):
@@ -81,6 +86,28 @@ def test_what_the_machine_lacks_is_said_in_two_lines(ask, monkeypatch, error, co
     assert problem.startswith("error: ")
     assert says in problem
     assert hint in tried
+
+
+@pytest.mark.parametrize("name", ["export", "report", "plan"])
+def test_a_full_disk_is_said_by_every_command(tmp_path, ask, monkeypatch, name):
+    """Of the file that it writes, when it comes to write."""
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "the file")
+
+    run_here(tiny_recipe(tmp_path / "run", make_pictures(tmp_path / "pictures"), pictures=8))
+    monkeypatch.setattr(files, "save_file", refuses)
+    monkeypatch.setattr(report, "replacing_file", full)
+    monkeypatch.setattr(plan, "write_json", full)
+    words = {"plan": [str(tmp_path / "run/recipe.yaml"), "--gpu", "h100", "--save"]}.get(name, [str(tmp_path / "run")])
+    code, problem, hint = ask(*words, config=name)
+    assert code == 74
+    assert ": No space left on device" in problem
+    assert "free some space" in hint
+
+
+def refuses(*_):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 def test_another_error_keeps_its_traceback(ask, monkeypatch):
@@ -129,7 +156,7 @@ def test_a_snapshot_that_cannot_be_written_does_not_end_the_run(tmp_path, monkey
 
     pictures = make_pictures(tmp_path / "pictures")
     recipe = tiny_recipe(tmp_path / "run", pictures, pictures=8, ema={"snapshots_every": 8})
-    monkeypatch.setattr(snapshots, "save_file", full)
+    monkeypatch.setattr(snapshots, "save_tensors", full)
     with pytest.warns(UserWarning, match="snapshot of picture 8 cannot be written.*No space.*the run goes on"):
         run_here(recipe)
     assert "powers-00000.safetensors" in newest_files(Path(recipe.out))
