@@ -4,7 +4,6 @@ import io
 import json
 import os
 import shutil
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from diffusion.clip import CLIPText, CLIPTextConfig
 from diffusion.errors import GazeError
 from diffusion.text import TextEncoder
 from tests.train.sources import Pictures, recipe_of
+from tests.train.threads import together
 from tests.train.tiny import AUTOENCODER, make_pictures, make_vae, newest_files, run_here, tiny_recipe
 from train import store
 from train.cache import Latents, TextStates
@@ -282,26 +282,10 @@ def test_a_full_disk_is_named_with_what_is_needed_and_free(tmp_path, monkeypatch
     assert len(filled(tmp_path, 1500)[1]) == 500
 
 
-class Together:
-    """Processes as threads of this one: `gather` meets at a barrier."""
-
-    def __init__(self, rank: int, count: int, table: list, barrier: threading.Barrier):
-        self.rank, self.count, self.first = rank, count, rank == 0
-        self.table, self.barrier = table, barrier
-
-    def gather(self, value):
-        self.barrier.wait(20)
-        self.table[self.rank] = value
-        self.barrier.wait(20)
-        return list(self.table)
-
-
 def test_processes_share_the_work_and_a_failure(tmp_path):
-    table, barrier, found = [None] * 3, threading.Barrier(3), [None] * 3
+    keys, values = items(100)
 
-    def work(rank, failing):
-        processes = Together(rank, 3, table, barrier)
-        keys, values = items(100)
+    def work(processes, failing):
         own, made = Store(tmp_path, processes), []
 
         def make(numbers):
@@ -313,16 +297,12 @@ def test_processes_share_the_work_and_a_failure(tmp_path):
 
         try:
             own.fill(keys, make, "numbers", lambda number: 0)
-            found[rank] = made, own.read(keys)["value"][:, 0].tolist()
         except GazeError as error:
-            found[rank] = error.problem
+            return error.problem
+        return made, own.read(keys)["value"][:, 0].tolist()
 
-    for failing in (50, None):
-        threads = [threading.Thread(target=work, args=(rank, failing)) for rank in range(3)]
-        [thread.start() for thread in threads]
-        [thread.join() for thread in threads]
-        if failing is not None:
-            assert found == ["picture 50 has changed"] * 3
+    assert together(3, lambda processes: work(processes, 50)) == ["picture 50 has changed"] * 3
+    found = together(3, lambda processes: work(processes, None))
     assert all(values == list(range(100)) for _, values in found)
     assert {len(made) for made, _ in found} <= {11, 12}, "a third of what the first attempt did not write"
 
