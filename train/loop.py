@@ -100,7 +100,7 @@ def train(recipe: Recipe) -> Path:
                     raise Stopped(run.seen)
         if processes.first:
             export(recipe, source=run.source)
-            if wrong := compare(recipe, metrics.measured()):
+            if wrong := compare(recipe, metrics.measured(), processes.count):
                 print(wrong, file=sys.stderr)
         processes.wait()
     accelerator.end_training()
