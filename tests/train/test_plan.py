@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.recompute import recompute
 from tests.small_pipeline import small_pipeline
-from tests.train.tiny import make_pictures, make_vae, open_phase, rows, run_here, tiny_recipe
+from tests.train.tiny import make_pictures, make_vae, open_phase, run_here, tiny_recipe
 from train import __main__ as command
 from train import plan as planning
 from train.config import Recipe
@@ -214,27 +214,14 @@ def test_this_machine_is_measured_and_the_rest_follows(diffusion, monkeypatch):
     assert found["memory"]["device"] > 1e8
 
 
-def test_a_rehearsal_takes_the_time_that_the_run_takes(places, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.rehearsal.ENOUGH", 0.5)
-    recipe = tiny_recipe(tmp_path / "run", places.data, pictures=480, batch_size=16, log_every=16, checkpoint_every=480)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    times = rehearse(recipe, 16, CPU)
-    torch.set_num_threads(threads)
-    assert torch.equal(torch.get_rng_state(), state)
-    run_here(recipe)
-    lines = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
-    speeds = sorted(line["pictures_per_second"] for line in lines)
-    assert len(rows(recipe.out)) == 30
-    assert 0.5 < 16 / sum(times) / speeds[15] < 2.5, "docs/planning.md has the figures of a quiet machine"
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("phase", ["diffusion", "text"])
 def test_every_phase_can_be_rehearsed(diffusion, monkeypatch, phase, name):
     monkeypatch.setattr("train.rehearsal.ENOUGH", 0.0)
     recipe = diffusion(phase=phase, mixed_precision="bf16", optimizer={"name": name}, ema={"snapshots_every": 8})
+    state = torch.get_rng_state()
     assert min(rehearse(recipe, 2, CPU)) > 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # The share of a device's peak
