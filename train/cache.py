@@ -28,7 +28,7 @@ from diffusion.packed import pack
 from diffusion.text import TextEncoder
 
 from .config import Data, Recipe
-from .data.buckets import Size
+from .data.decode import Size
 from .data.stream import Sample, Stream, stack
 from .processes import Processes
 from .randomness import normal

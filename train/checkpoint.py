@@ -40,34 +40,40 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, processes: Processes = ALONE):
         self.folder, self.keep, self.processes = folder, keep, processes
         self.broken: set[Path] = set()
+        self.origin: Path | None = None  # gone back to, until the first save after it
         self.failed = 0  # saves in a row
 
     def find(self, resume: str) -> Path | None:
-        """The checkpoint to go on from, verified, or None to begin anew. resume: as in the recipe.
+        """The checkpoint to go on from, verified, or None to begin anew. resume: as in the recipe; given a path, the
+        newest checkpoint that the run has written since it began from there, or the one of that path.
 
-        Raises GazeError when `resume` forbids what is there or names what cannot be used, when there are some but none
-        is whole, and when a process sees another folder than the others.
+        Raises GazeError when `resume` forbids what is there or names what cannot be used, and when there are some but
+        none is whole.
         """
-        self._check_shared()
         if resume not in ("auto", "never"):
-            problem = files.verify(Path(resume), self.processes)
+            path = Path(resume)
+            if self.processes.gather(files.began_from(self.folder, path))[0] and (later := self.newest(after=path)):
+                return later
+            problem = files.verify(path, self.processes)
             if problem is not None:
                 raise GazeError(
                     f"resume={resume}: it is no checkpoint to go on from: {problem}",
                     "a folder such as RUN/checkpoints/000000020000, or resume=auto",
                 )
-            return Path(resume)
+            self.origin = path
+            return path
         newest = self.newest()
         if newest is not None and resume == "never":
             raise GazeError(f"{self.folder} holds checkpoints and resume is never", "another out=DIR, or resume=auto")
         return newest
 
-    def newest(self) -> Path | None:
-        """The newest checkpoint that verifies, or None without any. Broken ones are named in a warning, passed over.
+    def newest(self, after: Path | None = None) -> Path | None:
+        """The newest checkpoint (newer than `after`) that verifies, or None without any. Broken ones are named in a
+        warning, passed over.
 
         Raises GazeError when there are some but none verifies: to begin anew is for the user to decide.
         """
-        names = self.processes.gather([path.name for path in files.folders(self.folder)])[0]
+        names = self.processes.gather([path.name for path in files.folders(self.folder, after)])[0]
         problems = []
         for path in (self.folder / name for name in names):
             problem = files.verify(path, self.processes)
@@ -85,7 +91,7 @@ class Checkpoints:
 
     def save(self, pictures: int, tensors: Tensors, state: Mapping[str, Any], last: bool = False) -> Path | None:
         """Writes the checkpoint of `pictures` and removes those before the newest `keep`. None: it failed, with a
-        warning, and the run may go on.
+        warning, and the run may go on. The first after going back sets those aside that were newer.
 
         tensors: the same names on all processes; a DTensor is gathered, any other tensor is the same on all.
         state: JSON values; must hold what `load` compares.
@@ -122,6 +128,10 @@ class Checkpoints:
 
     def _write(self, final: Path, own: Tensors, size: int, state: Mapping[str, Any]) -> None:
         """Raises OSError on all processes, with the same words, when one of them fails; nothing is left then."""
+        if self.origin is not None:
+            origin = self.origin
+            self._together(lambda: files.begin_from(self.folder, origin), self.processes.first)
+            self.origin = None
         aside = self.folder / self.processes.gather(f".tmp-{final.name}-{uuid.uuid4().hex[:8]}")[0]
         try:
             self._together(lambda: aside.mkdir(parents=True), self.processes.first)
@@ -157,7 +167,7 @@ class Checkpoints:
         return [result for result, _ in outcomes]
 
     def _prune(self, pictures: int) -> None:
-        """Newer ones than `pictures` are those that this run passed over or went back from: they push out nothing."""
+        """Newer ones than `pictures` are those that this run passed over: they push out nothing."""
         paths = [path for path in files.folders(self.folder) if int(path.name) <= pictures]
         sound = [path for path in paths if path not in self.broken]
         try:
@@ -165,20 +175,6 @@ class Checkpoints:
                 files.discard(old)
         except OSError as error:
             self._warn(f"an old checkpoint cannot be removed: {error}")
-
-    def _check_shared(self) -> None:
-        mark = self.folder.parent / self.processes.gather(f".tmp-{uuid.uuid4().hex}")[0]
-        if self.processes.first:
-            mark.mkdir(parents=True)
-        self.processes.wait()
-        seen = self.processes.gather(mark.exists())
-        if self.processes.first:
-            mark.rmdir()
-        if not all(seen):
-            raise GazeError(
-                f"process {seen.index(False)} does not see what process 0 writes into {mark.parent.resolve()}",
-                "out=DIR on a file system that all machines share",
-            )
 
     def _warn(self, text: str) -> None:
         if self.processes.first:

@@ -31,6 +31,7 @@ from .sharding import whole
 FORMAT = 2
 FIRST = 1  # the format whose manifest does not vouch for itself
 MANIFEST = "manifest.json"
+ORIGIN = "began-from"  # the checkpoint from which all newer ones come
 DTYPES = {dtype: name for name, dtype in TYPES.items()}
 ALONE = Processes()
 
@@ -202,10 +203,34 @@ def name_of(pictures: int) -> str:
     return f"{pictures:012d}"
 
 
-def folders(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first."""
+def folders(folder: Path, after: Path | None = None) -> list[Path]:
+    """Checkpoint folders, newest first. after: only those of more pictures than this one."""
     paths = [path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
-    return sorted(paths, key=lambda path: int(path.name), reverse=True)
+    newer = [path for path in paths if after is None or int(path.name) > int(after.name)]
+    return sorted(newer, key=lambda path: int(path.name), reverse=True)
+
+
+def begin_from(folder: Path, origin: Path) -> None:
+    """Sets aside, as `abandoned-*`, the checkpoints newer than `origin`, so that all that come then come from it, and
+    notes that. Killed at any instant it leaves either the note or a state from which to do it again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folders(folder, origin):
+        os.replace(path, path.with_name(f"abandoned-{path.name}-{uuid.uuid4().hex[:8]}"))
+    _flush(folder)
+    _write_flushed(folder / ORIGIN, [_note(origin)])
+    _flush(folder)
+
+
+def began_from(folder: Path, origin: Path) -> bool:
+    """Whether all checkpoints in the folder that are newer than `origin` come from it."""
+    try:
+        return (folder / ORIGIN).read_bytes() == _note(origin)
+    except OSError:
+        return False
+
+
+def _note(origin: Path) -> bytes:
+    return f"{origin.absolute()}\n".encode(errors="surrogateescape")  # the end of a line: it is whole
 
 
 def total_bytes(tensors: Tensors) -> int:

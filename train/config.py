@@ -9,16 +9,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from diffusion.errors import GazeError, nearest
 
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{str(value).lower()} is no number")
+    return value
+
+
 MOST = 2**53  # whole numbers that any reader of JSON takes exactly
-Positive = Annotated[int, Field(gt=0, le=MOST)]
-NotNegative = Annotated[int, Field(ge=0, le=MOST)]
-Few = Annotated[int, Field(gt=0, le=2**16)]  # what memory or time ends far below
-Share = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
+Whole = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
+Positive = Annotated[Whole, Field(gt=0, le=MOST)]
+NotNegative = Annotated[Whole, Field(ge=0, le=MOST)]
+Few = Annotated[Whole, Field(gt=0, le=2**16)]  # what memory or time ends far below
+Share = Annotated[Real, Field(ge=0, le=1)]
+Decay = Annotated[Real, Field(ge=0, lt=1)]
+# YAML takes a bare `no` for false.
+Precision = Annotated[Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)]
 
 
 class Section(BaseModel):
@@ -36,16 +47,16 @@ class Data(Section):
     image_column: str = "image"  # of table and dataset
     text_column: str = "text"
     split: str = "train"  # of dataset
-    size: Annotated[int, Field(gt=0, le=8192)] = 64  # pixels of a side; with buckets, of a square of as many pixels
+    size: Annotated[Whole, Field(gt=0, le=8192)] = 64  # pixels of a side; with buckets, of a square of as many pixels
     bucket_step: NotNegative = 0  # sides are multiples of it and keep the picture's shape; 0 = squares only
-    longest: Annotated[float, Field(ge=1)] = 2.0  # of a bucket: the long side over the short one
+    longest: Annotated[Real, Field(ge=1)] = 2.0  # of a bucket: the long side over the short one
     crop: Literal["center", "random"] = "center"
     flip: Share = 0.0  # share of visits whose picture is mirrored
     background: str = "white"  # under transparent pictures: a name or #rrggbb
     caption_dropout: Share = 0.1  # share of visits whose caption becomes the empty prompt, anew each visit
-    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.0  # share of pictures never trained on, for the held-out loss
+    held_out: Annotated[Real, Field(ge=0, lt=1)] = 0.0  # share of pictures never trained on, for the held-out loss
     window: NotNegative = 0  # shards that are shuffled together; 0 = all
-    workers: Annotated[int, Field(ge=0, le=1024)] = 0  # processes that decode pictures
+    workers: Annotated[Whole, Field(ge=0, le=1024)] = 0  # processes that decode pictures
     cache_latents: bool = True  # encode each picture once, before training
     cache_text: bool = True  # encode each caption once, where the text encoders are frozen
     cache: Path | None = None  # where encoded pictures and captions are kept, for other runs too; None = out/cache
@@ -54,12 +65,12 @@ class Data(Section):
 class Text(Section):
     """The text encoder (CLIP structure) and the tokenizer learned from the captions."""
 
-    vocab_size: Annotated[int, Field(ge=514, le=2**20)] = 4096  # 514: each byte in and at the end of a word, two ends
-    window: Annotated[int, Field(ge=4, le=2**16)] = 32  # tokens
+    vocab_size: Annotated[Whole, Field(ge=514, le=2**20)] = 4096  # 514: each byte in and at the end of a word, two ends
+    window: Annotated[Whole, Field(ge=4, le=2**16)] = 32  # tokens
     width: Few = 192
     layers: Few = 3
     heads: Few = 4
-    token_std: Annotated[float, Field(gt=0)] = 0.5  # of fresh token embeddings
+    token_std: Annotated[Real, Field(gt=0)] = 0.5  # of fresh token embeddings
 
     @model_validator(mode="after")
     def _consistent(self) -> Text:
@@ -71,8 +82,8 @@ class Text(Section):
 class Lora(Section):
     """Low-rank matrices beside frozen layers instead of training these (Hu et al. 2021)."""
 
-    rank: Annotated[int, Field(ge=0, le=2**16)] = 0  # 0 = none
-    alpha: Annotated[float, Field(gt=0)] | None = None  # None = the rank
+    rank: Annotated[Whole, Field(ge=0, le=2**16)] = 0  # 0 = none
+    alpha: Annotated[Real, Field(gt=0)] | None = None  # None = the rank
     layers: tuple[str, ...] = (  # ends of the names of layers; the second line is what text encoders have
         "to_q", "to_k", "to_v", "to_out.0",
         "q_proj", "k_proj", "v_proj", "out_proj",
@@ -81,8 +92,8 @@ class Lora(Section):
 
 class Model(Section):
     init_from: str | None = None  # folder, single file or hub name of a model to fine-tune; its own config then counts
-    train: tuple[str, ...] | None = None  # patterns of parameter names, as "unet.*attn2*"; None = all that is fresh,
-    # and the U-Net alone with init_from
+    # patterns of parameter names, as "unet.*attn2*"; None = all that is fresh, and the U-Net alone with init_from
+    train: tuple[str, ...] | None = None
     lora: Lora = Lora()
     autoencoder: dict[str, Any] = {}  # diffusers' AutoencoderKL config, trained in the autoencoder phase
     autoencoder_from: Path | None = None  # vae/ folder for the later phases; None = the shipped model's
@@ -105,29 +116,29 @@ class Model(Section):
 
 class Objective(Section):
     density: Literal["uniform", "log_normal"] = "uniform"  # of sigma
-    log_mean: float = 0.0  # of ln sigma, for log_normal
-    log_std: Annotated[float, Field(gt=0)] = 1.2
+    log_mean: Real = 0.0  # of ln sigma, for log_normal
+    log_std: Annotated[Real, Field(gt=0)] = 1.2
     stratified: bool = True  # the levels of a global batch fall one into each of batch_size equal parts of the density
     weighting: Literal["uniform", "min_snr", "soft_min_snr", "edm"] = "uniform"
-    gamma: Annotated[float, Field(gt=0)] = 5.0  # of min_snr and soft_min_snr
-    offset_noise: Annotated[float, Field(ge=0)] = 0.0  # deviation of a constant added to each channel's noise
+    gamma: Annotated[Real, Field(gt=0)] = 5.0  # of min_snr and soft_min_snr
+    offset_noise: Annotated[Real, Field(ge=0)] = 0.0  # deviation of a constant added to each channel's noise
     noises: Few = 1  # drawn per picture, of which the nearest to its latents is taken (immiscible diffusion)
-    kl_weight: Annotated[float, Field(ge=0)] = 1e-6  # of the autoencoder phase, per latent value
+    kl_weight: Annotated[Real, Field(ge=0)] = 1e-6  # of the autoencoder phase, per latent value
 
 
 class Optimizer(Section):
     name: Literal["adamw", "muon", "adamw_8bit"] = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    text_share: Annotated[float, Field(gt=0)] = 1.0  # of the learning rate, for the text encoder
-    muon_share: Annotated[float, Field(gt=0)] = 1.0  # of the learning rate, for what Muon trains
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    learning_rate: Annotated[Real, Field(gt=0)] = 1e-4
+    text_share: Annotated[Real, Field(gt=0)] = 1.0  # of the learning rate, for the text encoder
+    muon_share: Annotated[Real, Field(gt=0)] = 1.0  # of the learning rate, for what Muon trains
+    weight_decay: Annotated[Real, Field(ge=0)] = 0.01
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     momentum: Decay = 0.95  # of Muon
     warmup: NotNegative = 0  # pictures
     decay: Literal["constant", "linear", "cosine", "rsqrt"] = "cosine"
     decay_from: NotNegative = 0  # pictures; the rate is constant between warm-up and this
     final_share: Share = 0.0  # of the learning rate, where linear and cosine end at the last picture
-    clip: Annotated[float, Field(gt=0)] = 1.0  # largest gradient norm
+    clip: Annotated[Real, Field(gt=0)] = 1.0  # largest gradient norm
 
     @model_validator(mode="after")
     def _consistent(self) -> Optimizer:
@@ -139,7 +150,7 @@ class Optimizer(Section):
 class Ema(Section):
     half_life: NotNegative = 10_000  # pictures; 0 = no averaging
     snapshots_every: NotNegative = 0  # pictures between snapshots for post-hoc averages; 0 = none
-    widths: tuple[Annotated[float, Field(gt=0, lt=0.28)], ...] = (0.05, 0.10)  # of the power functions in them
+    widths: tuple[Annotated[Real, Field(gt=0, lt=0.28)], ...] = (0.05, 0.10)  # of the power functions in them
 
 
 class Validation(Section):
@@ -156,15 +167,14 @@ class Recipe(Section):
     seed: NotNegative = 0
     resume: str = "auto"  # auto: from the newest sound checkpoint, if any; never; or a checkpoint's folder
     pictures: Positive  # how many are seen in the whole run
-    batch_size: Annotated[int, Field(gt=0, le=2**24)] = (
-        64  # pictures per optimizer step, over all processes and accumulation steps
-    )
+    # pictures per optimizer step, over all processes and accumulation steps
+    batch_size: Annotated[Whole, Field(gt=0, le=2**24)] = 64
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Precision = "no"
     compile: bool = False
     checkpoint_every: Positive = 20_000  # pictures
-    keep: Annotated[int, Field(ge=2, le=MOST)] = 2  # checkpoints
+    keep: Annotated[Whole, Field(ge=2, le=MOST)] = 2  # checkpoints
     log_every: Positive = 1_000  # pictures
     log_samples: bool = False  # write which pictures each step saw to samples-RANK.jsonl
     trackers: tuple[str, ...] = ()  # of Accelerate: tensorboard, wandb, ...

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import uuid
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from diffusion.errors import GazeError
 
 
 class Processes(NamedTuple):
@@ -55,3 +59,22 @@ class Processes(NamedTuple):
     def wait(self) -> None:
         """Until all are here."""
         self.any(False)
+
+
+def check_shared(folder: Path, processes: Processes, option: str) -> None:
+    """Raises GazeError, in all processes, unless all see what the first writes into `folder`, which is there for it.
+
+    option: the key of the recipe that gives the folder.
+    """
+    mark = folder / processes.gather(f".tmp-{uuid.uuid4().hex}")[0]
+    if processes.first:
+        mark.touch()
+    processes.wait()
+    seen = processes.gather(mark.exists())
+    if processes.first:
+        mark.unlink()
+    if not all(seen):
+        raise GazeError(
+            f"process {seen.index(False)} does not see what process 0 writes into {folder.resolve()}",
+            f"{option}=DIR on a file system that all machines share",
+        )

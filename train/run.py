@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -34,35 +34,15 @@ from .ema import EMA
 from .interval import Interval
 from .launch import prepared
 from .optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
-from .processes import Processes
+from .processes import Processes, check_shared
 from .signals import shield
 from .snapshots import PowerAverages, reconstruct
-from .validation import Samples
+from .validation import Samples, Watched
 from .zero import follow_weights
 
 
-class Phase(Protocol):
+class Phase(Watched, Protocol):
     """What is trained. The loop knows no more of it than this."""
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    def loss(self, module: nn.Module, samples: list[Sample], u_B: Tensor | None = None) -> Tensor:
-        """The loss of each sample, B; module is self.module as Accelerate wrapped it. u_B: in (0, 1), fixes each
-        sample's quantile of the density of noise levels, where the phase has one."""
-
-    def levels(self, u_B: Tensor) -> list[float]:
-        """The noise level, sigma, at each of these quantiles; none where the phase has no noise levels."""
-
-    @property
-    def shown(self) -> int:
-        """How many pictures a grid has."""
-
-    def figures(self) -> dict[str, float]:
-        """Further figures of the current weights for the log."""
-
-    def pictures(self, numbers: Sequence[int]) -> Tensor:
-        """The shown pictures of these numbers, of the current weights, BCHW in [-1, 1]."""
 
     def export(self, folder: Path) -> None:
         """Writes the current weights as a diffusers folder."""
@@ -131,9 +111,7 @@ class Run:
 
 def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> Run:
     """Everything that the loop needs. Raises GazeError for what cannot work."""
-    if processes.first:
-        open_folder(recipe)
-    processes.wait()
+    open_folder(recipe, processes)
     source = open_source(recipe, processes)
     data = open_stream(recipe, source)
     phase = make_phase(recipe, data, processes)
@@ -159,14 +137,17 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     return run
 
 
-def open_folder(recipe: Recipe) -> None:
-    """Makes the run's folder, and the pictures in it that the recipe asks to draw."""
-    try:
-        check_writable(recipe.out)
-    except GazeError as error:
-        raise GazeError(error.problem, "another place with out=DIR") from None
-    if recipe.data.drawn:
+def open_folder(recipe: Recipe, processes: Processes) -> None:
+    """Makes the run's folder, which all processes must see, and the pictures in it that the recipe asks to draw."""
+    if processes.first:
+        try:
+            check_writable(recipe.out)
+        except GazeError as error:
+            raise GazeError(error.problem, "another place with out=DIR") from None
+    check_shared(recipe.out, processes, "out")
+    if recipe.data.drawn and processes.first:
         draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed)
+    processes.wait()
 
 
 def remove_leftovers(out: Path) -> None:

@@ -4,12 +4,13 @@ and after it the end of the program."""
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from types import FrameType
 from typing import Any
-
-GRACE = 10  # seconds that a worker outlives a signal
 
 
 class StopSignal:
@@ -45,7 +46,18 @@ def interruptible() -> Iterator[None]:
 
 
 def shield(worker: int) -> None:
-    """Workers outlive a signal to the whole process group, so that the step in which it came can end, and
-    none shows a traceback beside what the run says."""
+    """Workers outlive signals to the whole process group, however many and however long the step and the save after
+    them take, and none shows a traceback beside what the run says. They end with their run, or by its SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    if hasattr(signal, "sigtimedwait"):  # not on a Mac; a handler is not told who sent the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_the_run, daemon=True).start()
+
+
+def _end_with_the_run() -> None:
+    run = multiprocessing.parent_process()
+    while run is not None and run.is_alive():
+        came = signal.sigtimedwait([signal.SIGTERM], 1)
+        if came is not None and came.si_pid == run.pid:
+            break
+    os._exit(0)

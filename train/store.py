@@ -26,7 +26,7 @@ from diffusion.errors import GazeError
 from diffusion.files import replacing_file, sha256_of
 from diffusion.header import read_header
 
-from .processes import Processes
+from .processes import Processes, check_shared
 
 ITEMS, BYTES = 1000, 2**26  # of a file at most, whichever is reached first
 KEY = 16  # bytes
@@ -50,7 +50,7 @@ class Store:
     """A folder of items, the same for all processes, which must be here together; several runs may share it.
 
     Takes 24 bytes of memory per item. Damaged files are removed with a warning. Raises GazeError for a folder that
-    cannot be made.
+    cannot be made, or that not all processes see.
     """
 
     def __init__(self, folder: Path, processes: Processes):
@@ -63,6 +63,7 @@ class Store:
                     f"{folder} cannot be made: {error.strerror}", "another place with data.cache=DIR"
                 ) from None
             _remove_leftovers(folder)
+        check_shared(folder, processes, "data.cache")
         # One process lists the files for all: others, or later, might see more of them.
         names = processes.gather(sorted(path.name for path in folder.glob("*.safetensors")))[0]
         damaged = [name for name in names[processes.rank :: processes.count] if not _is_sound(folder / name)]

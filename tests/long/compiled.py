@@ -15,7 +15,11 @@ KINDS = {"plain": {}, "compiled": {"compile": True}, "both": {"compile": True, "
 
 
 def main() -> int:
-    folder = Path(tempfile.mkdtemp(prefix="compiled-"))
+    with tempfile.TemporaryDirectory(prefix="compiled-") as folder:
+        return measure(Path(folder))
+
+
+def measure(folder: Path) -> int:
     pictures, vae = make_pictures(folder / "pictures"), make_vae(folder / "vae")
     worst = 0.0
     for kind, options in KINDS.items():

@@ -17,7 +17,11 @@ STEPS = 50
 
 
 def main() -> int:
-    folder = Path(tempfile.mkdtemp(prefix="sharded-"))
+    with tempfile.TemporaryDirectory(prefix="sharded-") as folder:
+        return measure(Path(folder))
+
+
+def measure(folder: Path) -> int:
     pictures, vae = make_pictures(folder / "pictures"), make_vae(folder / "vae")
     options = {"pictures": 8 * STEPS, "checkpoint_every": 8 * STEPS, "data": {"cache": folder / "cache"}}
     run_here(tiny_recipe(folder / "alone", pictures, vae, **options))

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import sys
@@ -25,7 +26,9 @@ from train import checkpoint, checkpoint_files
 from train.checkpoint import Checkpoints, NotSaved
 from train.checkpoint_files import ALONE, MANIFEST, differences, load, verify
 from train.processes import Processes
+from train.run import open_folder
 from train.sharding import parted_like
+from train.store import Store
 
 RECIPE = {"seed": 0, "optimizer": {"learning_rate": 1e-3, "clip": 1.0}}
 STATE = {"identity": "recipe", "recipe": RECIPE}
@@ -186,13 +189,55 @@ def test_resume_never_auto_and_a_path(tmp_path):
             here.find(str(path))
 
 
-def test_going_back_leaves_the_newer_ones(tmp_path):
-    first, *_ = write(tmp_path, 8, 16, 24, 32, keep=9)
-    checkpoints = Checkpoints(tmp_path, 2)
-    assert checkpoints.find(str(first)) == first
-    checkpoints.save(16, tensors(16), STATE)
-    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [8, 16, 24, 32]
-    assert all(verify(path) is None for path in tmp_path.iterdir())
+def there(folder: Path) -> list[str]:
+    """What lies there; a mark of its own is left out."""
+    return sorted(re.sub("-[0-9a-f]{8}$", "", path.name) for path in folder.iterdir() if path.is_dir())
+
+
+def test_going_back_sets_the_newer_ones_aside_and_the_same_command_goes_on(tmp_path):
+    first, *_ = write(tmp_path, 8, 16, 24, 32)
+
+    def go_back(processes: Processes) -> list[Path]:
+        checkpoints = Checkpoints(tmp_path, 2, processes)
+        found = [checkpoints.find(str(first))]
+        checkpoints.save(16, tensors(-16), STATE)
+        return found + [Checkpoints(tmp_path, 2, processes).find(resume) for resume in (str(first), "auto")]
+
+    assert Checkpoints(tmp_path, 2).find(str(first)) == first
+    assert len(there(tmp_path)) == 4, "to look is not to touch"
+    second = tmp_path / "000000000016"
+    assert together(2, go_back) == [[first, second, second]] * 2
+    abandoned = [f"abandoned-{count:012d}" for count in (16, 24, 32)]
+    assert there(tmp_path) == [first.name, second.name, *abandoned]
+    again = Checkpoints(tmp_path, 2)
+    assert again.find(str(first)) == second
+    for count in (24, 32):
+        again.save(count, tensors(count), STATE)
+    assert not first.exists()
+    assert Checkpoints(tmp_path, 2).find(str(first)).name == "000000000032", "also where it has been pruned"
+    assert Checkpoints(tmp_path, 2).find(str(tmp_path / "000000000024")).name == "000000000024"
+    assert there(tmp_path) == ["000000000024", "000000000032", *abandoned]
+
+
+@pytest.mark.parametrize("dies", ["_write_flushed", "write_share"])
+def test_killed_while_it_goes_back_it_goes_back_again(tmp_path, monkeypatch, dies):
+    (given,) = write(tmp_path / "other", 16)
+    older, newer = write(tmp_path / "run", 8, 24)
+
+    def die(*_: object) -> NoReturn:
+        raise Died
+
+    checkpoints = Checkpoints(tmp_path / "run", 2)
+    assert checkpoints.find(str(given)) == given
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, dies, die)
+        with pytest.raises(Died):
+            checkpoints.save(24, tensors(-24), STATE)
+    assert there(tmp_path / "run") == [older.name, f"abandoned-{newer.name}"]
+    checkpoints = Checkpoints(tmp_path / "run", 2)
+    assert checkpoints.find(str(given)) == given
+    checkpoints.save(24, tensors(-24), STATE)
+    assert Checkpoints(tmp_path / "run", 2).find(str(given)) == newer
 
 
 def test_leftovers_of_a_killed_run_are_removed(tmp_path):
@@ -206,15 +251,23 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000008", "notes"]
 
 
-def test_machines_that_see_different_folders_are_told(tmp_path):
+@pytest.mark.parametrize(
+    "option, open_it",
+    [
+        ("out", lambda folder, processes: open_folder(tiny_recipe(folder, folder), processes)),
+        ("data.cache", Store),
+    ],
+)
+def test_machines_that_see_different_folders_are_told(tmp_path, option, open_it):
     def work(processes: Processes) -> str:
         with pytest.raises(GazeError) as error:
-            Checkpoints(tmp_path / str(processes.rank // 2) / "checkpoints", 2, processes).find("auto")
+            open_it(tmp_path / str(processes.rank // 2), processes)
         return str(error.value)
 
-    said = together(3, work)
-    assert len({text.replace("/2", "/1") for text in said}) <= 2
-    assert all("process 2 does not see what process 0 writes" in text and "all machines share" in text for text in said)
+    for said in together(3, work):
+        assert "process 2 does not see what process 0 writes" in said
+        assert f"{option}=DIR on a file system that all machines share" in said
+    assert list((tmp_path / "0").iterdir()) == []
 
 
 # What is broken is found
@@ -407,7 +460,7 @@ def test_a_run_begins_from_the_checkpoint_it_is_given(tmp_path, capsys):
     given = straight.out / "checkpoints" / "000000000032"
     run_here(tiny_recipe(tmp_path / "run", pictures, pictures=48, resume=str(given)))
     assert f"resumed from {given}" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["000000000048"]
+    assert there(tmp_path / "run" / "checkpoints") == ["000000000048"]
     assert newest_files(tmp_path / "run") == newest_files(straight.out)
     other = tiny_recipe(tmp_path / "other", pictures, pictures=48, resume=str(given), seed=3)
     with pytest.raises(GazeError, match="another recipe: seed 0, now 3"):

@@ -2,12 +2,15 @@
 
 import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel
 
 from diffusion.errors import GazeError
 from tests.train.tiny import tiny_recipe
@@ -103,6 +106,31 @@ def test_an_override_is_named_where_it_replaces_a_line(minimal):
 def test_a_wrong_value_is_named(minimal, override, key):
     with pytest.raises(GazeError, match=re.escape(key)):
         load_recipe(minimal, [override])
+
+
+def test_no_is_a_precision_though_yaml_takes_it_for_false(minimal):
+    assert load_recipe(minimal, ["mixed_precision=no"]).mixed_precision == "no"
+    minimal.write_text(minimal.read_text() + "mixed_precision: no\n")
+    assert load_recipe(minimal).mixed_precision == "no"
+    with pytest.raises(GazeError, match="mixed_precision"):
+        load_recipe(minimal, ["mixed_precision=yes"])
+
+
+def numbers(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The keys whose values are numbers."""
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from numbers(kind, f"{prefix}{name}.")
+        elif kind in (int, float) or float in get_args(kind):
+            yield prefix + name
+
+
+@pytest.mark.parametrize("key", [*numbers(Recipe), "optimizer.betas.1", "ema.widths.0"])
+def test_true_is_no_number(minimal, key):
+    value = "[0.1, true]" if key.endswith(".1") else "[true]" if key.endswith(".0") else "true"
+    with pytest.raises(GazeError, match=rf"{re.escape(key)} .*true is no number"):
+        load_recipe(minimal, [f"{key.rstrip('.01')}={value}"])
 
 
 @pytest.mark.parametrize("text", ["pictures", "=3", "phase.kind=3", "pictures=[1", "seed=2001-99-99", "seed=!!int ''"])

@@ -16,10 +16,10 @@ import numpy as np
 from diffusion.errors import GazeError
 
 from ..config import Data
+from .decode import Size
 from .source import Record, Source
 
 Part = Literal["train", "held_out"]
-Size = tuple[int, int]  # height and width in pixels
 
 
 class Bucket(NamedTuple):

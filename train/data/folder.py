@@ -96,6 +96,3 @@ def _captions(picture: Path) -> tuple[str, ...]:
 def _text(text: str) -> str:
     """Without single surrogates, which no file of ours can hold: they come from JSON and from odd file names."""
     return text.encode("utf-8", "replace").decode()
-
-
-# What follows moves to stream.py and randomness.py.

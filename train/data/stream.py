@@ -14,8 +14,8 @@ from diffusion.errors import GazeError
 
 from ..config import Recipe
 from ..randomness import randomness
-from .buckets import Part, Shapes, Size, buckets_of
-from .decode import colour, crop_of, decode
+from .buckets import Part, Shapes, buckets_of
+from .decode import Size, colour, crop_of, decode
 from .order import Shuffled, Turns
 from .source import Source
 
