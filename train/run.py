@@ -125,7 +125,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     run = Run(recipe, processes, source, phase, module, optimizer, averages, powers, checkpoints, state,
               Interval(processes), accelerator.scaler)  # fmt: skip
     resume(run)
-    checkpoints.remove_leftovers()
+    checkpoints.remove_leftovers(run.seen)
     if processes.first:
         remove_leftovers(recipe.out)
         (recipe.out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
