@@ -120,9 +120,11 @@ class Checkpoints:
         self._warn(f"{text}; the run goes on and tries again at the next one ({self.failed} of {MOST_FAILED})")
         return None
 
-    def remove_leftovers(self) -> None:
-        """Removes what a killed run left half written. Only for the run that writes here, before its first save."""
+    def remove_leftovers(self, pictures: int) -> None:
+        """Removes what a killed run left half written, and what it had no time to remove. Only for the run that writes
+        here, before its first save. pictures: of the checkpoint that it goes on from, 0 for none."""
         if self.processes.first:
+            self._prune(pictures)
             for leftover in self.folder.glob(".tmp-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
 

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion.errors import GazeError
-from diffusion.files import TYPES
+from diffusion.files import TYPES, sha256_of
 
 from .processes import Processes
 from .sharding import whole
@@ -243,12 +243,7 @@ def _bytes(value: Tensor) -> int:
 
 def _described(path: Path) -> dict[str, Any]:
     """Size and sha256 of what is on the disk."""
-    digest, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _flush(path: Path) -> None:

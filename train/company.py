@@ -6,13 +6,14 @@ its process is; the first process listens, and tells all when one has failed or 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import threading
 import time
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -22,12 +23,19 @@ BEAT = 1.0  # seconds between signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as stopped
 SUSPECT = 4.0  # the same once an operation over all processes has failed: somebody must be gone
 GRACE = 4.0  # seconds for an error that all processes find to be reported by each of them
-EXIT_CODE = 75  # EX_TEMPFAIL: the same command goes on
+EXIT_CODE = 75  # EX_TEMPFAIL, when one was killed or stopped: the same command goes on
+
+
+class Verdict(NamedTuple):
+    """What happened to one process, and the exit code of the others."""
+
+    says: str
+    code: int = EXIT_CODE
 
 
 class Company:
     """A context manager around a run. An error that leaves the block is told to the other processes, which then end
-    with exit code 75. Alone, it does nothing."""
+    with its exit code, and with 75 when a process just vanished. Alone, it does nothing."""
 
     def __init__(self, processes: Processes):
         self.processes = processes
@@ -66,11 +74,12 @@ class Company:
             self.state["suspects"] = True  # the thread finds out who is gone, and ends this process
             self.thread.join(SUSPECT + GRACE + 3 * BEAT)
         elif error is not None:
-            self.state["failed"] = f"{type(error).__name__}: {error}"
-            self._tell()
-            if self.processes.first:  # nobody else would listen, and the place where they ask goes with this process
-                self.store.set("verdict", _Listener.failed(0, self.state))
-                time.sleep(3 * BEAT)
+            self.state |= {"failed": f"{type(error).__name__}: {error}", "code": getattr(error, "exit_code", 1)}
+            with contextlib.suppress(RuntimeError):  # the first process is gone; the error itself is what to report
+                self._tell()
+                if self.processes.first:  # nobody else listens, and the place where they ask goes with this process
+                    self.store.set("verdict", json.dumps(failed(0, self.state)))
+                    time.sleep(3 * BEAT)
         self.over.set()
         self.guard.join()
         if error is None:
@@ -88,39 +97,38 @@ class Company:
                 if listener is not None:
                     found = listener.verdict([json.loads(text) for text in self.store.multi_get(listener.keys)])
                     if found:
-                        self.store.set("verdict", found)
+                        self.store.set("verdict", json.dumps(found))
                 if self.store.check(["verdict"]):
-                    self._end(self.store.get("verdict").decode())
+                    self._end(Verdict(*json.loads(self.store.get("verdict"))))
                 self.heard = time.monotonic()
-            except (dist.DistError, RuntimeError):
+            except RuntimeError:
                 if not self.over.wait(GRACE):
-                    self._end(f"process 0 is gone, {self._here()}")
+                    self._end(Verdict(f"process 0 is gone, {self._here()}"))
 
     def _guard(self) -> None:
         """Ends this process when the thread waits for an answer without end, as it does while the first is stopped."""
         while self.thread.is_alive():
             silent = time.monotonic() - self.heard
             if silent > SILENCE:
-                self._leave(f"process 0 was killed or stopped, {self._here()}: no answer for {silent:.0f} seconds")
+                says = f"process 0 was killed or stopped, {self._here()}: no answer for {silent:.0f} seconds"
+                self._leave(Verdict(says))
             self.thread.join(BEAT)
 
     def _here(self) -> str:
         return f"at picture {self.state['pictures']}, step {self.state['step']} or later"
 
-    def _end(self, verdict: str) -> None:
+    def _end(self, verdict: Verdict) -> None:
         """Ends this process, unless it does so by itself."""
         if not self.over.wait(GRACE):
             self._leave(verdict)
 
-    def _leave(self, verdict: str) -> None:
+    def _leave(self, verdict: Verdict) -> None:
         """Ends this process, whose main thread may wait in an operation that never returns."""
-        print(
-            f"error: {verdict}; process {self.processes.rank} ends too\n"
-            "  try: the same command, which goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(EXIT_CODE)
+        vanished = verdict.code == EXIT_CODE
+        hint = "the same command, which goes on from the last checkpoint" if vanished else "what that process says"
+        says = f"error: {verdict.says}; process {self.processes.rank} ends too\n  try: {hint}"
+        print(says, file=sys.stderr, flush=True)
+        os._exit(verdict.code)
 
 
 class _Listener:
@@ -130,25 +138,27 @@ class _Listener:
         self.keys = [str(rank) for rank in range(count)]
         self.last = {rank: (0, time.monotonic()) for rank in range(count)}  # the newest beat, and when it came
 
-    def verdict(self, states: list[dict[str, Any]]) -> str | None:
+    def verdict(self, states: list[dict[str, Any]]) -> Verdict | None:
         """What happened, or None while all is well. states: of each process, by rank."""
         now = time.monotonic()
         patience = SUSPECT if any(state["suspects"] for state in states) else SILENCE
         for rank, state in enumerate(states):
             if state["failed"] is not None:
-                return self.failed(rank, state)
+                return failed(rank, state)
             if state["beat"] != self.last[rank][0]:
                 self.last[rank] = state["beat"], now
             elif now - self.last[rank][1] > patience:
-                return (
+                return Verdict(
                     f"process {rank} was killed or stopped at picture {state['pictures']}, step {state['step']}: "
                     f"no sign of life for {now - self.last[rank][1]:.0f} seconds"
                 )
         return None
 
-    @staticmethod
-    def failed(rank: int, state: dict[str, Any]) -> str:
-        return f"process {rank} failed at picture {state['pictures']}, step {state['step']} ({state['failed']})"
+
+def failed(rank: int, state: dict[str, Any]) -> Verdict:
+    """Of a process that has told of its error, in its state."""
+    at = f"at picture {state['pictures']}, step {state['step']}"
+    return Verdict(f"process {rank} failed {at} ({state['failed']})", state["code"])
 
 
 def _is_of_the_network(error: BaseException) -> bool:

@@ -81,6 +81,8 @@ def prepared(accelerator: Accelerator, recipe: Recipe, module: nn.Module) -> tup
         )
     optimizer = make_optimizer(module, recipe.optimizer)
     if accelerator.is_fsdp2:
+        # Autocast does it. FSDP2's own way would round timesteps too, and sum gradients in half precision.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
         _name_blocks(accelerator.state.fsdp_plugin, module)
         # It warns of views that are changed in place; the networks change nothing in place.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")

@@ -27,7 +27,7 @@ from .plan import compare, utilization
 from .precision import scale_of, skips
 from .run import Run, export, prepare
 from .sample_log import begin_logs, log_samples
-from .sharding import gathered, whole
+from .sharding import whole
 from .signals import StopSignal
 from .trackers import check_trackers, open_trackers
 from .validation import validate
@@ -89,9 +89,8 @@ def train(recipe: Recipe) -> Path:
                     run.snapshot()
                 lap("trainer")
                 if due(recipe.validation.every) and not stopping:
-                    with gathered(run.phase.module):
-                        validate(recipe, run.phase, run.held_out, run.averages, processes, metrics, run.seen,
-                                 stopping=lambda: processes.any(stop.received))  # fmt: skip
+                    validate(recipe, run.phase, run.held_out, run.averages, processes, metrics, run.seen,
+                             stopping=lambda: processes.any(stop.received))  # fmt: skip
                     stopping = processes.any(stop.received)
                     lap("validation")
                 if due(recipe.checkpoint_every) or stopping:
@@ -101,7 +100,7 @@ def train(recipe: Recipe) -> Path:
                     raise Stopped(run.seen)
         if processes.first:
             export(recipe, source=run.source)
-            if wrong := compare(recipe, metrics.measured()):
+            if wrong := compare(recipe, metrics.measured(), processes.count):
                 print(wrong, file=sys.stderr)
         processes.wait()
     accelerator.end_training()

@@ -17,8 +17,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .trackers import Tracker, finish
+from .trackers import LIMIT, Tracker, finish
 
+HURRY = 2.0  # seconds for the trackers when the run does not end as planned: its other processes will not wait longer
 AWAY = ("validation", "checkpoint")  # laps that are no part of a step
 MEASURED = ("pictures_per_second", "mfu", "peak_memory_gb", "time/", "seconds/")  # of the machine, not of the recipe
 
@@ -80,10 +81,10 @@ class Metrics:
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, *error: object) -> None:
         if self.bar:
             self.bar.stop()
-        finish(self.trackers)
+        finish(self.trackers, LIMIT if kind is None else HURRY)
 
     def advance(self, pictures: int) -> None:
         if self.bar:

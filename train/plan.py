@@ -163,21 +163,23 @@ def _gb(size: float) -> str:
     return f"{size / 1e9:.3g}"
 
 
-def compare(recipe: Recipe, measured: Mapping[str, float]) -> str:
+def compare(recipe: Recipe, measured: Mapping[str, float], count: int) -> str:
     """How wrong the plan in recipe.out was, in a line for the end of a run; "" without a plan.
 
-    measured: pictures_per_second, and memory (the most bytes on one device), each where it is known.
+    measured: pictures_per_second, and memory (the most bytes on one device), each where it is known. count: of devices.
     """
     try:
         found = json.loads((recipe.out / FILE).read_text())
         planned = {"pictures_per_second": found["pictures_per_second"], "memory": found["memory"]["peak"]}
-        same = found["identity"] == recipe.identity()
+        same, devices = found["identity"] == recipe.identity(), found["count"]
     except FileNotFoundError:
         return ""
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{recipe.out / FILE} cannot be read ({type(error).__name__}: {error}), so the plan is not compared"
     if not same:
         return f"{recipe.out / FILE} is the plan of another recipe, so it is not compared"
+    if devices != count:
+        return f"{recipe.out / FILE} is a plan for {devices} of {found['gpu']}, so it is not compared with {count}"
     return "; ".join(
         f"{name.replace('_', ' ')}: planned {planned[name]:.4g}, measured {value:.4g} "
         f"(the plan was {abs(planned[name] / value - 1):.1%} too {'high' if planned[name] > value else 'low'})"

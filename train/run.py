@@ -127,7 +127,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     run = Run(recipe, processes, source, phase, module, optimizer, averages, powers, checkpoints, state,
               Interval(processes), accelerator.scaler)  # fmt: skip
     resume(run)
-    checkpoints.remove_leftovers()
+    checkpoints.remove_leftovers(run.seen)
     if processes.first:
         remove_leftovers(recipe.out, run.seen >= recipe.pictures)
         with replacing_file(recipe.out / "recipe.yaml") as aside:

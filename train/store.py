@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from diffusion.errors import GazeError
-from diffusion.files import replacing_file
+from diffusion.files import replacing_file, sha256_of
 from diffusion.header import read_header
 
 from .processes import Processes, check_shared
@@ -181,11 +181,7 @@ def _files(rows: Iterable[tuple[np.ndarray, Item]]) -> Iterator[tuple[int, list[
 
 def _is_sound(path: Path) -> bool:
     """Whether the file has the content that its name says."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            total.update(chunk)
-    return total.hexdigest() == path.stem
+    return sha256_of(path) == path.stem
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:

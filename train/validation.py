@@ -27,6 +27,7 @@ from .ema import EMA
 from .memory import is_lack_of_memory
 from .metrics import Metrics
 from .processes import Processes
+from .sharding import gathered
 
 COLUMNS = 8  # pictures beside each other in a grid
 
@@ -78,7 +79,7 @@ def validate(
     asked on all processes alike before each picture. What does not fit into memory is left out with a warning.
     """
     devices = [processes.device] if processes.device.type == "cuda" else []
-    with ema.swapped(), evaluating(phase.module), torch.random.fork_rng(devices):
+    with ema.swapped(), gathered(phase.module), evaluating(phase.module), torch.random.fork_rng(devices):
         values = held_out_losses(recipe, phase, held_out, processes, stopping)
         for figures in shared(1, lambda _: phase.figures(), processes, stopping) or []:
             values |= figures

@@ -20,7 +20,7 @@ def clock(monkeypatch):
 
 
 def state(beat: int, failed: str | None = None, suspects: bool = False) -> dict:
-    return {"beat": beat, "pictures": 48, "step": 6, "failed": failed, "suspects": suspects}
+    return {"beat": beat, "pictures": 48, "step": 6, "failed": failed, "code": 74, "suspects": suspects}
 
 
 def test_all_is_well_while_every_beat_is_new(clock):
@@ -32,7 +32,7 @@ def test_all_is_well_while_every_beat_is_new(clock):
 
 def test_a_process_that_failed_is_named_with_its_step_and_error(clock):
     said = _Listener(2).verdict([state(1), state(1, failed="GazeError: no such file")])
-    assert said == "process 1 failed at picture 48, step 6 (GazeError: no such file)"
+    assert said == ("process 1 failed at picture 48, step 6 (GazeError: no such file)", 74)
 
 
 @pytest.mark.parametrize("suspects, patience", [(False, SILENCE), (True, SUSPECT)])
@@ -42,8 +42,9 @@ def test_a_silent_process_is_named_sooner_where_an_operation_has_failed(clock, s
     clock[0] += patience - 0.1
     assert listener.verdict([state(2, suspects=suspects), state(1)]) is None
     clock[0] += 0.2
-    said = listener.verdict([state(3, suspects=suspects), state(1)])
+    said, code = listener.verdict([state(3, suspects=suspects), state(1)])
     assert said.startswith("process 1 was killed or stopped at picture 48, step 6: no sign of life")
+    assert code == EXIT_CODE
 
 
 class Left(BaseException):

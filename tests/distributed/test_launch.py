@@ -26,7 +26,10 @@ STATED = {
     "cpu": {"distributed_type": "MULTI_CPU", "num_processes": 2, "num_machines": 1, "use_cpu": True},
 }
 NESTED = {
-    "fsdp": ("fsdp_config", {"fsdp_version": 2, "fsdp_reshard_after_forward": True}),
+    "fsdp": (
+        "fsdp_config",
+        {"fsdp_version": 2, "fsdp_reshard_after_forward": True, "fsdp_cpu_ram_efficient_loading": False},
+    ),
     "zero2": ("deepspeed_config", {"zero_stage": 2}),
 }
 
@@ -125,6 +128,7 @@ def test_the_recipe_says_how_many_micro_batches_there_are(fresh_state, tmp_path)
 def test_what_does_not_go_with_fsdp2(tmp_path):
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap",
                                             transformer_cls_names_to_wrap=["Convolution"])  # fmt: skip
+    plugin.set_mixed_precision("bf16")
     accelerator = SimpleNamespace(is_fsdp2=True, state=SimpleNamespace(fsdp_plugin=plugin))
     module = nn.Conv2d(1, 1, 1)
     with pytest.raises(GazeError, match="adamw_8bit does not go with FSDP2"):
@@ -132,3 +136,4 @@ def test_what_does_not_go_with_fsdp2(tmp_path):
     with pytest.raises(GazeError, match="has Convolution, which is no part") as error:
         prepared(accelerator, tiny_recipe(tmp_path, tmp_path), module)
     assert "Conv2d" in error.value.hint
+    assert plugin.mixed_precision_policy is None, "autocast does it"

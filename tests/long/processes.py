@@ -67,7 +67,7 @@ def ends(folder: Path, data: Path, vae: Path, act: str, place: str, victim: int)
     taken = time.time() - struck.stat().st_mtime if struck.exists() else math.inf
     end([processes[victim]], 0 if act == "stopped" else 10)
     words = said(recipe, 1 - victim)
-    bad = differs(name, codes, [EXIT_CODE])
+    bad = differs(name, codes, [1 if act == "raised" else EXIT_CODE])
     if taken > LIMITS[act]:
         bad.append(f"{name}: it took {taken:.0f} s")
     if not re.search(rf"error: process {victim} (failed|was killed|is gone).* at picture \d+, step \d+", words):

@@ -38,6 +38,7 @@ from tests.long.runs import (
     kill,
     left_by,
     newest,
+    said,
     undisturbed,
     whole_epochs,
 )
@@ -68,7 +69,8 @@ class Data(NamedTuple):
 
 def kills(data: Data, count: int, number: int, chance: random.Random) -> Line:
     """A run is begun again after each kill until it ends; then the next one, until there were so many kills. Half of
-    the kills wait for the next checkpoint to be begun; each tenth hits one of two processes only."""
+    the kills wait for the next checkpoint to be begun; each tenth hits one of two processes only. Before these have
+    met, the other one is the launcher's to end, and there is none here."""
     lighter = {"gradient_accumulation_steps": 1, "objective": {"noises": 1}}
     straight = data.recipe(f"straight-{count}", **lighter)
     processes = begin(straight, count)
@@ -81,7 +83,7 @@ def kills(data: Data, count: int, number: int, chance: random.Random) -> Line:
         recipe = data.recipe(f"killed-{count}-{runs}", **lighter)
         codes, leftovers = None, set()
         while codes is None:
-            processes = begin(recipe, count)
+            processes, before = begin(recipe, count), starts(recipe.out)
             instant = time.monotonic() + chance.uniform(0, whole)
             if chance.random() < 0.5:
                 wait(instant, processes)
@@ -91,10 +93,11 @@ def kills(data: Data, count: int, number: int, chance: random.Random) -> Line:
             if any(process.exitcode is not None for process in processes):
                 codes, _ = end(processes)
                 continue
-            only = [chance.choice(processes)] if chance.random() < 0.1 else processes
-            kill(only)
-            left, _ = end(processes, LIMIT) if only is not processes else end(processes)
-            bad += [f"{recipe.out}: {left} after a kill"] * (not {*left} <= {0, -signal.SIGKILL, EXIT_CODE})
+            only = chance.random() < 0.1 and starts(recipe.out) > before
+            kill([chance.choice(processes)] if only else processes)
+            left, _ = end(processes, LIMIT)
+            if not {*left} <= {0, -signal.SIGKILL, EXIT_CODE}:
+                bad.append(f"{recipe.out}: {left} after a kill; {[said(recipe, rank)[-500:] for rank in range(count)]}")
             if -signal.SIGKILL in left:  # else it had come to its end just before
                 new = halves(recipe.out) - leftovers
                 killed, writing, leftovers = killed + 1, writing + bool(new), leftovers | new
@@ -109,6 +112,12 @@ def wait(instant: float, processes: list[Any], until: Callable[[], Any] = bool) 
     """Until the instant, or `until` says so, or a process has ended."""
     while time.monotonic() < instant and not until() and all(process.exitcode is None for process in processes):
         time.sleep(0.002)
+
+
+def starts(out: Path) -> int:
+    """How often a run has begun to train: all of its processes have met."""
+    log = out / "environment.jsonl"
+    return len(log.read_text().splitlines()) if log.exists() else 0
 
 
 def halves(out: Path) -> set[str]:

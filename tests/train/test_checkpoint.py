@@ -24,7 +24,7 @@ from tests.train.threads import together
 from tests.train.tiny import PROCESSES, free_port, make_pictures, newest_files, run_here, tiny_recipe
 from train import checkpoint, checkpoint_files
 from train.checkpoint import Checkpoints, NotSaved
-from train.checkpoint_files import ALONE, MANIFEST, differences, load, verify
+from train.checkpoint_files import ALONE, MANIFEST, differences, folders, load, verify
 from train.processes import Processes
 from train.run import open_folder
 from train.sharding import parted_like
@@ -247,8 +247,14 @@ def test_leftovers_of_a_killed_run_are_removed(tmp_path):
     (tmp_path / "notes").mkdir()
     assert newest(tmp_path) == path
     assert (tmp_path / ".tmp-16-ab").exists(), "to look is not to touch: a run may be writing it"
-    Checkpoints(tmp_path, 2).remove_leftovers()
+    Checkpoints(tmp_path, 2).remove_leftovers(16)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["000000000008", "notes"]
+
+
+def test_what_a_killed_run_had_no_time_to_remove_is_removed(tmp_path):
+    write(tmp_path, 8, 16, 24, keep=3)
+    Checkpoints(tmp_path, 2).remove_leftovers(24)
+    assert [path.name for path in folders(tmp_path)] == ["000000000024", "000000000016"]
 
 
 @pytest.mark.parametrize(

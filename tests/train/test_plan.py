@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffusion.recompute import recompute
 from tests.small_pipeline import small_pipeline
-from tests.train.tiny import make_pictures, make_vae, open_phase, rows, run_here, tiny_recipe
+from tests.train.tiny import make_pictures, make_vae, open_phase, run_here, tiny_recipe
 from train import __main__ as command
 from train import plan as planning
 from train.config import Recipe
@@ -73,7 +73,8 @@ def real_step(recipe: Recipe):
         {"phase": "autoencoder", "gradient_checkpointing": True},
     ],
 )
-def test_a_step_costs_what_the_phase_itself_costs(diffusion, places, tmp_path, changes):
+def test_a_step_costs_what_the_phase_itself_costs(diffusion, places, tmp_path, changes, monkeypatch):
+    monkeypatch.setattr("train.cache.pack", lambda network: None)  # counters see nothing of weights that are laid out
     if changes.get("phase") == "autoencoder":
         recipe = tiny_recipe(tmp_path / "run", places.data, **changes)
     else:
@@ -213,27 +214,14 @@ def test_this_machine_is_measured_and_the_rest_follows(diffusion, monkeypatch):
     assert found["memory"]["device"] > 1e8
 
 
-def test_a_rehearsal_takes_the_time_that_the_run_takes(places, tmp_path, monkeypatch):
-    monkeypatch.setattr("train.rehearsal.ENOUGH", 0.5)
-    recipe = tiny_recipe(tmp_path / "run", places.data, pictures=480, batch_size=16, log_every=16, checkpoint_every=480)
-    state, threads = torch.get_rng_state(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    times = rehearse(recipe, 16, CPU)
-    torch.set_num_threads(threads)
-    assert torch.equal(torch.get_rng_state(), state)
-    run_here(recipe)
-    lines = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
-    speeds = sorted(line["pictures_per_second"] for line in lines)
-    assert len(rows(recipe.out)) == 30
-    assert 0.5 < 16 / sum(times) / speeds[15] < 2.5, "docs/planning.md has the figures of a quiet machine"
-
-
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("phase", ["diffusion", "text"])
 def test_every_phase_can_be_rehearsed(diffusion, monkeypatch, phase, name):
     monkeypatch.setattr("train.rehearsal.ENOUGH", 0.0)
     recipe = diffusion(phase=phase, mixed_precision="bf16", optimizer={"name": name}, ema={"snapshots_every": 8})
+    state = torch.get_rng_state()
     assert min(rehearse(recipe, 2, CPU)) > 0
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # The share of a device's peak
@@ -285,31 +273,44 @@ def test_every_device_says_where_its_share_comes_from():
 
 def test_a_run_can_say_how_wrong_the_plan_was(diffusion):
     recipe = diffusion()
-    assert compare(recipe, {"pictures_per_second": 10}) == ""
+    assert compare(recipe, {"pictures_per_second": 10}, 1) == ""
     recipe.out.mkdir()
-    saved = {"pictures_per_second": 12.0, "memory": {"peak": 9e8}, "identity": recipe.identity()}
+    saved = {
+        "pictures_per_second": 12.0,
+        "memory": {"peak": 9e8},
+        "identity": recipe.identity(),
+        "count": 1,
+        "gpu": "h100",
+    }
     (recipe.out / "plan.json").write_text(json.dumps(saved))
-    assert compare(recipe, {"pictures_per_second": 10, "memory": 10**9}) == (
+    assert compare(recipe, {"pictures_per_second": 10, "memory": 10**9}, 1) == (
         "pictures per second: planned 12, measured 10 (the plan was 20.0% too high); "
         "memory: planned 9e+08, measured 1e+09 (the plan was 10.0% too low)"
     )
-    assert compare(recipe, {}) == "", "a run that found itself at its end has measured nothing"
-    assert "another recipe" in compare(diffusion(seed=1), {"pictures_per_second": 10})
+    assert compare(recipe, {}, 1) == "", "a run that found itself at its end has measured nothing"
+    assert "for 1 of h100" in compare(recipe, {"pictures_per_second": 10}, 2)
+    assert "another recipe" in compare(diffusion(seed=1), {"pictures_per_second": 10}, 1)
     (recipe.out / "plan.json").write_text("{}")
-    assert "cannot be read" in compare(recipe, {"pictures_per_second": 10})
+    assert "cannot be read" in compare(recipe, {"pictures_per_second": 10}, 1)
 
 
 def test_a_run_that_ends_says_how_wrong_the_plan_was(diffusion, capfd):
     """Once, of the speed; a CPU's memory holds more than the plan counts."""
     recipe = diffusion(pictures=24, log_every=8)
     recipe.out.mkdir()
-    saved = {"pictures_per_second": 1e9, "memory": {"peak": 9e8}, "identity": recipe.identity()}
+    saved = {
+        "pictures_per_second": 1e9,
+        "memory": {"peak": 9e8},
+        "identity": recipe.identity(),
+        "count": 1,
+        "gpu": "h100",
+    }
     (recipe.out / "plan.json").write_text(json.dumps(saved))
     run_here(recipe)
     lines = [json.loads(line) for line in (recipe.out / "metrics.jsonl").read_text().splitlines()]
     median = sorted(line["pictures_per_second"] for line in lines)[1]
     said = [line for line in capfd.readouterr().err.splitlines() if "planned" in line]
-    assert said == [compare(recipe, {"pictures_per_second": median})]
+    assert said == [compare(recipe, {"pictures_per_second": median}, 1)]
 
 
 # The command
@@ -340,7 +341,7 @@ def test_the_command_prints_a_table_or_json_and_saves(ask, diffusion):
     code, out, err = ask("--gpu", "a100", "--json", "--save")
     found = json.loads(out)
     assert (found["count"], found["cost"], found["fits"]) == (1, None, True)
-    assert compare(diffusion(), {"pictures_per_second": found["pictures_per_second"]}).endswith("0.0% too low)")
+    assert compare(diffusion(), {"pictures_per_second": found["pictures_per_second"]}, 1).endswith("0.0% too low)")
 
 
 @pytest.mark.parametrize(

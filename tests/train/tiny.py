@@ -157,13 +157,16 @@ def free_port() -> int:
 def _main(values: dict[str, Any], environment: dict[str, str]) -> None:
     import sys
 
-    from train.loop import Stopped
+    from train.loop import NotFinite, Stopped
 
     os.environ.update(environment)
     try:
         run_here(Recipe.model_validate(values))
     except Stopped:
         sys.exit(130)
+    except NotFinite as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
 
 
 def newest_files(out: Path) -> dict[str, bytes]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from diffusion.errors import GazeError
+from diffusion.files import sha256_of
 
 from .decode import probe
 from .look import look
-from .pack import sha256_of
 from .parallel import in_parallel
 from .remote import is_url
 from .shards import SUFFIXES, Line, Shard, Shards

@@ -6,7 +6,6 @@ pictures give the same bytes. What was interrupted goes on: shards that are ther
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from diffusion.errors import GazeError
-from diffusion.files import read_json, replacing_file
+from diffusion.files import read_json, replacing_file, sha256_of
 from pipelines.files import check_writable
 
 from .look import examine, refuse_many
@@ -139,15 +138,6 @@ def _write(path: Path, parts: Iterable[bytes]) -> None:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def sha256_of(path: Path) -> str:
-    """In hex."""
-    total = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            total.update(piece)
-    return total.hexdigest()
 
 
 def _not_written(out: Path, error: OSError) -> GazeError:
