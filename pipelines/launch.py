@@ -27,7 +27,8 @@ def start_the_others(module: str, words: list[str]) -> None:
     if not several_on_cpu or any(count in os.environ for count in COUNTS):
         return
     # The launcher tells where to meet, but not how many; its command line does, or the file that it names.
-    launcher = subprocess.run(["ps", "-o", "args=", "-p", str(os.getppid())], capture_output=True, text=True).stdout
+    line_of_parent = ["ps", "-ww", "-o", "args=", "-p", str(os.getppid())]  # -ww: not cut at 80 letters
+    launcher = subprocess.run(line_of_parent, capture_output=True, text=True).stdout
     asked = _asked_for(launcher) if "accelerate" in launcher else 0
     if asked < 1:
         raise GazeError(
