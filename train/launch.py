@@ -31,10 +31,6 @@ PATIENCE = timedelta(hours=6)
 # Parts that are called as modules and hold most of the weights; the U-Net reads the others (time, text) directly.
 BLOCKS = {"Conv2d", "FeedForward"}
 
-# DDP's reducer, were it the last to let go of a process group, would wait, holding Python's lock, for a thread of that
-# group that needs this lock (pytorch issue 56297). So a process keeps its groups to its end.
-_GROUPS: list[dist.ProcessGroup | None] = []
-
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate's object for this process. Raises GazeError for a precision that the device cannot do, and
@@ -55,8 +51,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             "where the port is in use, another one: --main_process_port of accelerate, --master-port of torchrun, or "
             "MASTER_PORT; see docs/many-gpus.md",
         ) from None
-    if accelerator.num_processes > 1:
-        _GROUPS.append(dist.group.WORLD)
     check_precision(recipe.mixed_precision, accelerator.device)
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     if accelerator.distributed_type == DistributedType.MULTI_CPU:
@@ -99,6 +93,16 @@ def _name_blocks(plugin: FullyShardedDataParallelPlugin, module: nn.Module) -> N
             raise GazeError(f"fsdp_transformer_layer_cls_to_wrap has {name}, which is no part of what trains",
                             f"leave it out, for {', '.join(sorted(BLOCKS & there)) or 'all in one'}")  # fmt: skip
     module._no_split_modules = sorted(BLOCKS & there)  # type: ignore[assignment]  # as transformers names it
+
+
+def leave(accelerator: Accelerator) -> None:
+    """Ends the group of processes and waits for its threads, which may still need Python's lock.
+
+    Nothing else may hold a wrapped module: the group would die with it, later, joined under that lock (pytorch issue
+    56297), or with the interpreter, which ends threads that ask for the lock by abort.
+    """
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def processes_of(accelerator: Accelerator) -> Processes:

@@ -21,7 +21,7 @@ from .company import Company
 from .config import Recipe
 from .data.stream import Sample
 from .environment import note_start
-from .launch import make_accelerator, processes_of
+from .launch import leave, make_accelerator, processes_of
 from .metrics import Metrics
 from .plan import compare, utilization
 from .precision import scale_of, skips
@@ -103,7 +103,8 @@ def train(recipe: Recipe) -> Path:
             if wrong := compare(recipe, metrics.measured(), processes.count):
                 print(wrong, file=sys.stderr)
         processes.wait()
-    accelerator.end_training()
+    del run
+    leave(accelerator)
     return recipe.out / "model"
 
 

@@ -31,7 +31,7 @@ from tests.train.tiny import (
 )
 from train.company import EXIT_CODE
 from train.config import Recipe
-from train.launch import make_accelerator
+from train.launch import leave, make_accelerator
 from train.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,7 +161,8 @@ def run_and_leave(store: dist.Store, rank: int) -> None:
     module = accelerator.prepare(torch.nn.Linear(2000, 200))
     module(torch.ones(1, 2000)).sum().backward()
     Processes(rank, 2).wait()
-    accelerator.end_training()
+    del module
+    leave(accelerator)
 
 
 def test_processes_leave_a_run_without_waiting_for_ever():

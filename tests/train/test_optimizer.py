@@ -1,5 +1,6 @@
 """AdamW, Muon, 8-bit AdamW, their state, and the learning rate."""
 
+import gc
 import itertools
 import json
 import math
@@ -7,7 +8,9 @@ import os
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from diffusion.attention import GEGLU
 from diffusion.errors import GazeError
@@ -107,7 +110,8 @@ def test_the_rates_that_a_run_really_takes(tmp_path, monkeypatch, accumulation, 
 
 
 def rates_taken(values: dict, environment: dict[str, str]) -> None:
-    """One of several processes that train together; writes the rates of each step of its optimizer."""
+    """One of several processes that train together; writes the rates of each step of its optimizer. No wrapped module
+    outlives the run: see `leave`."""
     os.environ.update(environment)
     recipe, step, taken = Recipe.model_validate(values), torch.optim.AdamW.step, []
 
@@ -116,7 +120,13 @@ def rates_taken(values: dict, environment: dict[str, str]) -> None:
         (recipe.out / f"rates-{os.environ['RANK']}.json").write_text(json.dumps(taken))
         return step(self, *arguments)
 
-    torch.optim.AdamW.step = watched
+    end = Accelerator.end_training
+
+    def checked(self):
+        assert not any(isinstance(value, DistributedDataParallel) for value in gc.get_objects())
+        end(self)
+
+    torch.optim.AdamW.step, Accelerator.end_training = watched, checked
     run_here(recipe)
 
 
