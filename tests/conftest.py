@@ -38,6 +38,21 @@ def pipe(folder):
     return TextToImage.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A folder of captioned pictures to train on."""
+    from tests.train.tiny import make_pictures
+
+    return make_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    from tests.train.tiny import make_vae
+
+    return make_vae(tmp_path_factory.mktemp("vae"))
+
+
 @pytest.fixture
 def one_core():
     """16 threads that each want all cores take a minute."""

@@ -20,8 +20,6 @@ from tests.train.tiny import (
     PROCESSES,
     difference,
     free_port,
-    make_pictures,
-    make_vae,
     newest_files,
     rows,
     run_here,
@@ -35,16 +33,6 @@ from train.launch import leave, make_accelerator
 from train.processes import Processes
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    return make_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from diffusion.pretrained import load_model
 from pipelines import TextToImage
 from tests.narrow_models import narrow_pipeline
 from tests.small_pipeline import small_pipeline
-from tests.train.tiny import SIZE, make_pictures, newest_files, run_here, run_one_step, weights
+from tests.train.tiny import SIZE, newest_files, run_here, run_one_step, weights
 from train.choice import choose, networks, text_frozen, trained
 from train.config import Model as Options
 from train.config import Recipe
@@ -25,11 +25,6 @@ from train.model import Predict, open_model, read
 from train.precision import check_precision, skips
 
 ATTENTION_TO_TEXT = "unet.*.attn2.*"
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

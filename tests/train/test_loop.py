@@ -45,16 +45,6 @@ PROMPTS = ("red square", "a blue one")
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    return make_vae(tmp_path_factory.mktemp("vae"))
-
-
-@pytest.fixture(scope="module")
 def trained_vae(tmp_path_factory, data) -> Path:
     """The vae/ folder of an autoencoder run."""
     out = tmp_path_factory.mktemp("autoencoder")

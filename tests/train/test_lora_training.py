@@ -18,7 +18,7 @@ from pipelines import TextToImage
 from tests.narrow_models import narrow_pipeline
 from tests.small_pipeline import small_pipeline
 from tests.train.test_finetune import chosen, recipe_of
-from tests.train.tiny import make_pictures, newest_files, run_here, run_one_step, weights
+from tests.train.tiny import newest_files, run_here, run_one_step, weights
 from train import run as running
 from train.model import Predict
 from train.run import export
@@ -26,11 +26,6 @@ from train.run import export
 ENDS = ("to_q", "to_k", "to_v", "to_out.0")
 # Layers of every kind: a 1x1 convolution on tokens (SD 1.x), convolutions, linear layers; and the text encoders.
 MANY = {"rank": 3, "alpha": 6.0, "layers": [*ENDS, "proj_in", "conv1", "time_emb_proj", "q_proj", "fc2"]}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ what the network is told; the same stream for any number of processes; and model
 
 import copy
 import json
-from pathlib import Path
 
 import diffusers
 import pytest
@@ -13,7 +12,7 @@ from torch.special import ndtri
 from diffusion.errors import GazeError
 from diffusion.pretrained import load_model
 from pipelines import TextToImage
-from tests.train.tiny import make_pictures, make_vae, open_phase, run_here, tiny_recipe, weights
+from tests.train.tiny import open_phase, run_here, tiny_recipe, weights
 from train.randomness import normal, randomness
 
 BATCH = 8
@@ -27,16 +26,6 @@ SCHEDULERS = {
     "flow": FLOW,
     "edm": EDM,
 }
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
-
-
-@pytest.fixture(scope="module")
-def vae(tmp_path_factory) -> Path:
-    return make_vae(tmp_path_factory.mktemp("vae"))
 
 
 @pytest.fixture(scope="module")

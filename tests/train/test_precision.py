@@ -1,25 +1,19 @@
 """Training in half precision: on a CPU with a scaler put in place, because Accelerate has fp16 on GPUs only."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.amp import GradScaler
 
-from tests.train.tiny import make_pictures, newest_files, rows, run_here, run_one_step, tiny_recipe, weights
+from tests.train.tiny import newest_files, rows, run_here, run_one_step, tiny_recipe, weights
 from train import loop
 from train.autoencoder_phase import AutoencoderPhase
 from train.ema import exponential_decay
 from train.loop import NotFinite
 
 INTERVAL = 2  # sound steps after which the scale doubles
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
