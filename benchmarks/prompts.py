@@ -42,7 +42,7 @@ def main() -> None:
     for _ in range(arguments.count):
         prompt = make(choose, arguments.length)
         reading, seconds = timed(text.read, prompt, 2)
-        weights = [weight for _, weights in reading.chunks for weight in weights]
+        weights = [weight for chunk in reading.chunks for weight in chunk.weights]
         lowest, highest = min([lowest, *weights]), max([highest, *weights])
         times.append(seconds)
         if seconds > 1e-3:

@@ -8,12 +8,14 @@ Vaswani et al. 2017 (attention, eq. 1), Shazeer 2020 (GEGLU), Rombach et al. 202
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KeysValues = tuple[Tensor, ...]  # k_BLSD, v_BLSD and, where tokens of the text are hidden, seen_B11S: True where not
+# k_BLSD, v_BLSD and, where tokens of the text are hidden or weigh more or less than others, bias_B11S: added to scores
+KeysValues = tuple[Tensor, ...]
 
 
 def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,9 +35,9 @@ def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 class Attention(nn.Module):
     """Multi-head attention: of the picture to itself, or to a text of another width.
 
-    `attend` is the one seam: (q_BLND, k_BLSD, v_BLSD) -> out_BLND, with seen_B11S as a fourth argument where tokens of
-    the text are hidden. Setting it on an instance replaces the kernel of
-    that layer; deleting it there restores the fused kernel of the class.
+    `attend` is the one seam: (q_BLND, k_BLSD, v_BLSD) -> out_BLND, with bias_B11S as a fourth argument where tokens of
+    the text are hidden or weighted. Setting it on an instance replaces the kernel of that layer; deleting it there
+    restores the fused kernel of the class. `attention_sites.attending` does both.
     """
 
     attend: Callable[..., Tensor] = staticmethod(F.scaled_dot_product_attention)
@@ -55,6 +57,15 @@ class Attention(nn.Module):
     def keys_values(self, source_BSE: Tensor) -> KeysValues:
         """What can be computed once for a source that does not change: k_BLSD, v_BLSD."""
         return self.split(self.to_k(source_BSE)), self.split(self.to_v(source_BSE))
+
+    def scores(self, q_BLND: Tensor, k_BLSD: Tensor) -> Tensor:
+        """scores_BLNS, float32: what the softmax is taken of."""
+        return (q_BLND.float() / math.sqrt(q_BLND.shape[-1])) @ k_BLSD.float().transpose(-2, -1)
+
+    def weights(self, q_BLND: Tensor, k_BLSD: Tensor, bias_B11S: Tensor | None = None) -> Tensor:
+        """weights_BLNS, float32: what `attend` multiplies v by and does not show. Each row sums to 1."""
+        scores_BLNS = self.scores(q_BLND, k_BLSD)
+        return (scores_BLNS if bias_B11S is None else scores_BLNS + bias_B11S).softmax(dim=-1)
 
     def forward(self, x_BNC: Tensor, keys_values: KeysValues) -> Tensor:
         out_BLND = self.attend(self.split(self.to_q(x_BNC)), *keys_values)

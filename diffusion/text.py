@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,15 +20,27 @@ from .prompts import parse
 from .tokenizer import Tokenizer
 
 MOST_CHUNKS = 16
+WORD = re.compile(r"\w+(?:['’-]\w+)*|\S")  # letters and digits, with an apostrophe or hyphen inside; else a character
 LONGEST = 8  # characters of a token, on average: where a prompt has more than so many chunks hold, it is not looked at
-EMPTY: tuple[list[int], list[float]] = ([], [])  # a chunk without words
+
+
+class Chunk(NamedTuple):
+    """As many tokens as fit between start and end: ids, what each weighs, and the number of the word it belongs to."""
+
+    ids: list[int]
+    weights: list[float]
+    words: list[int]
+
+
+EMPTY = Chunk([], [], [])
 
 
 class Reading(NamedTuple):
-    """A prompt as a text encoder reads it. chunks: the ids and weights of each, start and end left out; at least one.
+    """A prompt as a text encoder reads it: at least one chunk. words: of the prompt without its grammar, as written.
     dropped: the end of the prompt, beyond the last chunk there may be, "" for none."""
 
-    chunks: tuple[tuple[list[int], list[float]], ...]
+    chunks: tuple[Chunk, ...]
+    words: tuple[str, ...]
     dropped: str
 
 
@@ -78,18 +92,23 @@ class TextEncoder:
         inside = self.window - 2
         furthest = LONGEST * MOST_CHUNKS * inside
         prompt, beyond = prompt[:furthest], prompt[furthest:]
-        rows: list[tuple[list[int], list[float]]] = []
+        rows: list[Chunk] = []
+        words: list[str] = []
         left: list[str] = []
         for part in parse(prompt):
             ids, begins = self.tokenizer.split(part.text)
             weights = part.weights_at(begins)
+            found = [*WORD.finditer(part.text)]
+            starts = [word.start() for word in found]
+            numbers = [len(words) + max(bisect_right(starts, begin) - 1, 0) for begin in begins]
+            words += [word[0] for word in found]
             for start in range(0, max(len(ids), 1), inside):
                 if len(rows) < MOST_CHUNKS:
-                    rows.append((ids[start : start + inside], weights[start : start + inside]))
+                    rows.append(Chunk(*(each[start : start + inside] for each in (ids, weights, numbers))))
                 else:
                     left.append(part.text[begins[start] :].strip() if ids else "")
                     break
-        return Reading(tuple(rows), " ".join(filter(None, [*left, beyond.strip()])))
+        return Reading(tuple(rows), tuple(words), " ".join(filter(None, [*left, beyond.strip()])))
 
     def states(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor | None]:
         """What the U-Net reads of token ids: states BSE and, where the model has it, the pooled vector BP."""
@@ -116,11 +135,11 @@ class TextEncoder:
         readings = [self.read(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         count = max(chunks, *(len(reading.chunks) for reading in readings))
         rows = [chunk for reading in readings for chunk in reading.chunks + (EMPTY,) * (count - len(reading.chunks))]
-        tokens = torch.tensor([self.tokenizer.framed(ids, self.window) for ids, _ in [*rows, EMPTY]])
+        tokens = torch.tensor([self.tokenizer.framed(row.ids, self.window) for row in [*rows, EMPTY]])
         tokens = tokens.to(self.model.final_layer_norm.weight.device)
         states_BSE, pooled_BP = self.states(tokens)
         states_BSE, empty_SE = states_BSE[:-1], states_BSE[-1]
-        framed = [[1.0, *weights] + [1.0] * (self.window - 1 - len(weights)) for _, weights in rows]
+        framed = [[1.0, *row.weights] + [1.0] * (self.window - 1 - len(row.weights)) for row in rows]
         states_BSE = torch.lerp(empty_SE, states_BSE, torch.tensor(framed).to(states_BSE)[:, :, None])
         context_BSE = states_BSE.unflatten(0, (-1, count)).flatten(1, 2)
         written = torch.tensor([[i < len(reading.chunks)] for reading in readings for i in range(count)])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,8 @@ from diffusion.samplers import Denoise, PictureNoise, Step
 from .canvas import Start, start
 from .images import to_pil
 from .request import Plan, Request, make_plan
+
+Around = Callable[[Denoiser, list[int]], Denoise]
 
 DEFAULT_MODEL = Path(__file__).parent / "models" / "emoji"
 
@@ -157,7 +159,7 @@ class TextToImage:
         plan = self.plan(Request(prompt, **options))
         for end in plan.dropped:
             warnings.warn(f"the prompt is longer than the model can read; ignored: {end!r}", stacklevel=2)
-        return self._run(plan)
+        return self.run(plan)
 
     def plan(self, request: Request) -> Plan:
         """Checks a request and fills in the model's defaults. Raises GazeError."""
@@ -179,7 +181,9 @@ class TextToImage:
             return autoencoder.decode(latents_BCHW.to(next(autoencoder.parameters()).dtype), self.tile)
 
     @torch.inference_mode()
-    def _run(self, plan: Plan) -> Iterator[Preview]:
+    def run(self, plan: Plan, around: Around | None = None) -> Iterator[Preview]:
+        """Carries a plan out. around: makes another denoiser of one and the numbers of the pictures it is for, called
+        once for each group of prompts of equal length; to watch or to steer."""
         generators = [torch.Generator().manual_seed(seed) for seed in plan.seeds]
         shape = self.model.autoencoder.latent_shape(plan.height, plan.width)
         noise = PictureNoise(generators, shape, self.device)
@@ -187,7 +191,7 @@ class TextToImage:
         with ExitStack() as stack:
             for text in self.model.texts.values():
                 stack.enter_context(visiting(text.model, self.device))
-            denoise = begin.around(self._denoiser(plan, begin.beside_BCHW))
+            denoise = begin.around(self._denoiser(plan, begin.beside_BCHW, around))
         sigmas = plan.trajectory.sigmas[plan.first :]
         total = len(sigmas) - 1
         for index, step in enumerate(plan.trajectory.run(denoise, begin.x_BCHW, noise=noise, sigmas=sigmas), start=1):
@@ -208,10 +212,10 @@ class TextToImage:
             return Start(first_noise() * trajectory.start, sigma)
         return start(plan.canvas, encode, first_noise, sigma, trajectory.start, self.model.inpaints)
 
-    def _denoiser(self, plan: Plan, beside_BCHW: Tensor | None) -> Denoise:
+    def _denoiser(self, plan: Plan, beside_BCHW: Tensor | None, around: Around | None) -> Denoise:
         """The denoiser of all pictures. Prompts of as many chunks share calls of the U-Net; a picture is then the same
         whatever else is made with it."""
-        parts = []
+        parts: list[tuple[list[int], Denoise]] = []
         guided = plan.guidance.scale != 1
 
         def chunks(prompt: str | None) -> int:
@@ -227,7 +231,8 @@ class TextToImage:
             condition = self._encode(plan, [plan.prompts[row] for row in rows], length)
             empty = self._encode(plan, [plan.negative_prompts[row] for row in rows], length) if guided else None
             beside = None if beside_BCHW is None else beside_BCHW[rows]
-            parts.append((rows, Denoiser(model.unet, model.schedule, condition, empty, plan.guidance, sigmas, beside)))
+            denoiser = Denoiser(model.unet, model.schedule, condition, empty, plan.guidance, sigmas, beside)
+            parts.append((rows, denoiser if around is None else around(denoiser, rows)))
         if len(parts) == 1:
             return parts[0][1]
 

@@ -80,7 +80,7 @@ def test_what_is_seen_of_prompts_of_several_chunks(folder):
     readings = text.read(long).chunks
     condition = model.encode([long, "dog", ""])
     seen = condition.seen_BS.unflatten(1, (-1, window))
-    assert seen.sum(2)[0].tolist() == [len(ids) + 2 for ids, _ in readings]
+    assert seen.sum(2)[0].tolist() == [len(chunk.ids) + 2 for chunk in readings]
     assert seen.sum(2)[1].tolist() == [3] + [0] * (len(readings) - 1)
     assert seen.sum(2)[2].tolist() == [2] + [0] * (len(readings) - 1)
     assert seen[1, 0, :3].all()
