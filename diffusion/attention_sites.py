@@ -38,13 +38,14 @@ def sites(unet: UNet, cross: bool | None = None, layers: Sequence[str] | None = 
     cross: only those to the text, or only those of the picture to itself. layers: patterns of names, as "up_blocks.*";
     None: all. Raises GazeError for a pattern that none of them has.
     """
-    deepest = len(unet.down_blocks) - 1
+    count = len(unet.down_blocks)
+    levels = {f"down_blocks.{i}": i for i in range(count)} | {f"up_blocks.{i}": count - 1 - i for i in range(count)}
     names = {module: name for name, module in unet.named_modules()}
     found = []
     for layer in unet.in_order(Attention):
-        part, number, *_ = names[layer].split(".")
-        level = {"down_blocks": int, "mid_block": lambda _: deepest, "up_blocks": lambda n: deepest - int(n)}[part]
-        found.append(Site(names[layer], names[layer].endswith("attn2"), level(number), layer))
+        name = names[layer]
+        level = levels.get(name.partition(".attentions")[0], count - 1)  # of the middle block, which has no number
+        found.append(Site(name, name.endswith("attn2"), level, layer))
     found = [site for site in found if cross is None or site.cross == cross]
     for pattern in layers or ():
         if not any(fnmatchcase(site.name, pattern) for site in found):

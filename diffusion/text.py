@@ -104,7 +104,8 @@ class TextEncoder:
             words += [word[0] for word in found]
             for start in range(0, max(len(ids), 1), inside):
                 if len(rows) < MOST_CHUNKS:
-                    rows.append(Chunk(*(each[start : start + inside] for each in (ids, weights, numbers))))
+                    here = slice(start, start + inside)
+                    rows.append(Chunk(ids[here], weights[here], numbers[here]))
                 else:
                     left.append(part.text[begins[start] :].strip() if ids else "")
                     break

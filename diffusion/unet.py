@@ -292,7 +292,7 @@ class UNet(nn.Module):
     def project_context(self, context_BSE: Tensor, seen_BS: Tensor | None = None) -> list[KeysValues]:
         """The text's k_BLSD and v_BLSD of every cross-attention. seen_BS: False for tokens that it shall not see;
         one of each row at least it has to."""
-        bias = ()
+        bias: tuple[Tensor, ...] = ()
         if seen_BS is not None:
             bias = (torch.zeros_like(seen_BS, dtype=context_BSE.dtype).masked_fill(~seen_BS, -math.inf)[:, None, None],)
         return [(*block.attn2.keys_values(context_BSE), *bias) for block in self.in_order(TransformerBlock)]
