@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -54,7 +54,8 @@ ONE_IN = 7  # combinations are held out
 Facts = dict[str, Any]
 
 
-class Object(NamedTuple):
+@dataclass(frozen=True)
+class Object:
     """box: left, top, right and bottom, the last two exclusive."""
 
     shape: str
@@ -96,7 +97,7 @@ def scene(seed: int, index: int, split: str = "seen") -> Scene:
 
 
 def is_held_out(combination: str) -> bool:
-    """The held-out rule: one in seven by hash. A combination reads as "red circle", "circle and square" or "2 circle"."""
+    """The held-out rule: one in seven by hash of "red circle", "circle and square" or "2 circle"."""
     return int(hashlib.sha256(combination.encode()).hexdigest(), 16) % ONE_IN == 0
 
 
@@ -149,10 +150,10 @@ def _objects(random: Random, facts: Facts) -> tuple[Object, ...]:
         side = random.choice(SIZES[size])
         kinds += [(thing["shape"], thing.get("colour", colour), size, side)] * thing["count"]
     while True:
-        boxes = [_box(random, side) for *_, side in kinds]
+        boxes = [box_at_random(random, side) for *_, side in kinds]
         objects = tuple(Object(*kind[:3], box) for kind, box in zip(kinds, boxes, strict=True))
-        apart = all(_apart(*pair) for pair in combinations(boxes, 2))
-        if apart and (facts["relation"] is None or ahead(*objects, facts["relation"]) >= CLEAR):
+        free = all(apart(*pair) for pair in combinations(boxes, 2))
+        if free and (facts["relation"] is None or ahead(*objects, facts["relation"]) >= CLEAR):
             return objects
 
 
@@ -169,12 +170,12 @@ def _coin(random: Random) -> bool:
     return random.random() < 0.5
 
 
-def _box(random: Random, side: int) -> tuple[int, int, int, int]:
+def box_at_random(random: Random, side: int) -> tuple[int, int, int, int]:
     left, top = (random.randint(MARGIN, SIDE - MARGIN - side) for _ in range(2))
     return left, top, left + side, top + side
 
 
-def _apart(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+def apart(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return any(a[end] + GAP <= b[start] for a, b in ((one, other), (other, one)) for start, end in ((0, 2), (1, 3)))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,6 @@ def _write_masks(folder: Path, name: str, scene: Scene, size: int) -> dict[str, 
     Image.fromarray((masks_OHW * numbers_O11).max(0)).save(folder / "masks" / name)
     return {
         "masks": f"masks/{name}",
-        "objects": [each._asdict() for each in scene.objects],
+        "objects": [asdict(each) for each in scene.objects],
         "words": [word._asdict() for word in words(scene)],
     }
