@@ -118,7 +118,7 @@ def connected(kinds_HW: np.ndarray) -> np.ndarray:
 def _kinds(image: Image.Image) -> np.ndarray:
     """[H, W]: 0 where the picture is white, else 1 + the number of the colour."""
     if image.size != (SIDE, SIDE):
-        image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     from_white_N3 = np.asarray(image, float).reshape(-1, 3) - WHITE
     along_NK = from_white_N3 @ _WHITE_TO_COLOUR_K3.T
     share_NK = np.clip(along_NK / _LENGTHS_K, 0, 1)
