@@ -126,7 +126,7 @@ def _facts(random: Random, skill: str) -> Facts:
     """What a caption of this skill may say, held out or not."""
     shapes, colours = random.sample([*SHAPES], 2), random.sample([*COLOURS], 2)
     size, relation, count = random.choice([*SIZES]), random.choice([*RELATIONS]), random.choice(COUNTS)
-    first, second = ({"shape": shape, "count": 1} for shape in shapes)
+    first, second = (Facts(shape=shape, count=1) for shape in shapes)
     if skill in ("colours", "position", "colour binding") or (skill in ("single object", "counting") and _coin(random)):
         first["colour"], second["colour"] = colours
     if skill == "single object":
@@ -154,11 +154,11 @@ def _objects(random: Random, facts: Facts) -> tuple[Object, ...]:
         boxes = [box_at_random(random, side) for *_, side in kinds]
         objects = tuple(Object(*kind[:3], box) for kind, box in zip(kinds, boxes, strict=True))
         free = all(apart(*pair) for pair in combinations(boxes, 2))
-        if free and (facts["relation"] is None or ahead(*objects, facts["relation"]) >= CLEAR):
+        if free and (facts["relation"] is None or ahead(facts["relation"], *objects) >= CLEAR):
             return objects
 
 
-def ahead(first: Any, second: Any, relation: str) -> float:
+def ahead(relation: str, first: Object, second: Object) -> float:
     """By how much the first object's centre lies further in the relation's direction than it lies to the side of it."""
     (x, y), (other_x, other_y) = first.centre, second.centre
     right, down = RELATIONS[relation]
