@@ -112,9 +112,11 @@ class TextEncoder:
         return Reading(tuple(rows), tuple(words), " ".join(filter(None, [*left, beyond.strip()])))
 
     def states(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the U-Net reads of token ids: states BSE and, where the model has it, the pooled vector BP."""
+        """What a U-Net may read of token ids: states BSE and the pooled vector BP, which is the state at the prompt's
+        end or, of SDXL's second text encoder, its projection, and of the first one None."""
         if not self.penultimate:
-            return self.model(tokens_BS), None
+            states_BSE = self.model(tokens_BS)
+            return states_BSE, states_BSE[torch.arange(len(tokens_BS)), self.ends(tokens_BS)]
         return self.model.penultimate(tokens_BS, self.ends(tokens_BS))
 
     def ends(self, tokens_BS: Tensor) -> Tensor:
