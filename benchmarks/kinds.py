@@ -23,6 +23,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,7 @@ WORDS = {
     "pooled": "no cross-attention, pooled text beside the time",
     "none": "no text",
 }
+SPLITS = {"seen": "seen", "heldout": "held out"}
 DRAWN = 8  # pictures whose time is taken
 
 
@@ -56,6 +59,8 @@ def train(out: Path, overrides: list[str], threads: int) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda received, _: child.send_signal(received))
         code = child.wait()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
     if code:
         sys.exit(code)
 
@@ -83,7 +88,16 @@ def costs(out: Path) -> dict[str, float]:
     }
 
 
-def kept(file: Path, make: Any) -> Any:
+def scores(out: Path, prompts: int) -> dict[str, Any]:
+    """What the judge says of a finished arm, by split."""
+    from pipelines import TextToImage
+    from pipelines.shapes.evaluation import evaluate_shapes
+
+    pipe = TextToImage.from_pretrained(out / "model")
+    return {split: evaluate_shapes(pipe, split, prompts)[0] for split in SPLITS}
+
+
+def kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What is in a JSON file, made and written first where it is not there."""
     if not file.exists():
         made = json.dumps(make(), indent=1)
@@ -91,17 +105,46 @@ def kept(file: Path, make: Any) -> Any:
     return json.loads(file.read_text())
 
 
-def table(found: dict[str, list[dict[str, float]]]) -> str:
-    """A row for each arm, the mean over its seeds."""
-    columns = ("training of 1,000: CPU s", "clock s", "GB", "U-Net parameters", "GFLOP a call", "CPU s a picture")
-    rows = ["| cross-attention | seeds | " + " | ".join(columns) + " |", "|" + "---|" * (2 + len(columns))]
-    for arm, runs in found.items():
-        mean = {name: statistics.fmean(run[name] for run in runs) for name in runs[0]}
-        rows.append(
-            f"| {WORDS[arm]} | {len(runs)} | {mean['cpu_seconds']:.1f} | {mean['seconds']:.1f} | "
-            f"{mean['memory_gb']:.2f} | {mean['parameters']:,.0f} | {mean['gflop']:.3f} | {mean['drawing']:.2f} |"
-        )
-    return "\n".join(rows)
+def share(reports: list[dict[str, Any]]) -> str:
+    """The mean score of one arm's reports with its interval over all their prompts, in percent."""
+    from pipelines.evaluation import wilson
+
+    mean, n = statistics.fmean(report["score"] for report in reports), sum(report["n"] for report in reports)
+    low, high = wilson(mean * n, n)
+    return f"{mean:.1%} ({low:.1%} to {high:.1%})"
+
+
+def rows(head: list[str], found: dict[str, list[Any]], cells: Callable[[list[Any]], list[str]]) -> str:
+    """A table with a row for each arm."""
+    lines = [["cross-attention", *head], ["---"] * (1 + len(head))]
+    lines += [[WORDS[arm], *cells(runs)] for arm, runs in found.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def tables(costs: dict[str, list[dict[str, Any]]], scores: dict[str, list[dict[str, Any]]]) -> str:
+    """Costs, scores and scores by skill; means over the seeds of an arm."""
+    from pipelines.shapes.world import SKILLS
+
+    def cost(runs: list[dict[str, Any]]) -> list[str]:
+        forms = {"cpu_seconds": ".1f", "seconds": ".1f", "memory_gb": ".2f", "parameters": ",.0f", "gflop": ".3f",
+                 "drawing": ".3f"}  # fmt: skip
+        means = [format(statistics.fmean(run[name] for run in runs), form) for name, form in forms.items()]
+        return [str(len(runs)), *means]
+
+    def exact(runs: list[dict[str, Any]]) -> list[str]:
+        prompts = sum(run[SPLITS[0]]["n"] for run in runs)
+        return [*(share([run[split] for run in runs]) for split in SPLITS), str(prompts)]
+
+    def skilled(split: str, runs: list[dict[str, Any]]) -> list[str]:
+        each = ([run[split]["skills"][skill] for run in runs] for skill in SKILLS)
+        return [f"{statistics.fmean(one['score'] for one in skill):.0%}" for skill in each]
+
+    head = ["seeds", "training of 1,000: CPU s", "clock s", "GB", "U-Net parameters", "GFLOP a call", "CPU s a picture"]
+    parts = [rows(["exact, seen", "exact, held out", "n each"], scores, exact), rows(head, costs, cost)]
+    parts += [
+        rows([f"{skill}, {SPLITS[split]}" for skill in SKILLS], scores, partial(skilled, split)) for split in SPLITS
+    ]
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -119,7 +162,8 @@ def main() -> None:
     arms = arguments.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         parser.error(f"no arm is called {unknown[0]!r}; there are {', '.join(ARMS)}")
-    found: dict[str, list[dict[str, float]]] = {}
+    cost: dict[str, list[dict[str, Any]]] = {}
+    score: dict[str, list[dict[str, Any]]] = {}
     for seed in arguments.seeds.split(","):
         for arm in arms:
             out = arguments.folder / str(arguments.pictures) / f"{arm}-{seed}"
@@ -129,8 +173,10 @@ def main() -> None:
                     continue
                 print(f"{arm}, seed {seed}, in {out}", file=sys.stderr, flush=True)
                 train(out, overrides, arguments.threads)
-            found.setdefault(arm, []).append(kept(out / "costs.json", lambda out=out: costs(out)))
-    print(table(found))
+            cost.setdefault(arm, []).append(kept(out / "costs.json", partial(costs, out)))
+            judged = out / f"scores-{arguments.prompts}.json"
+            score.setdefault(arm, []).append(kept(judged, partial(scores, out, arguments.prompts)))
+    print(tables(cost, score))
 
 
 if __name__ == "__main__":

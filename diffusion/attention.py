@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,6 +32,11 @@ def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     elif len(b) < rows:
         b = b.repeat(rows // len(b), *[1] * (b.ndim - 1))
     return a, b
+
+
+def unrounded(device: torch.device) -> AbstractContextManager[object]:
+    """Within, products of float32 are float32 under autocast too."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)  # which has none
 
 
 class Attention(nn.Module):
@@ -61,7 +68,8 @@ class Attention(nn.Module):
 
     def scores(self, q_BLND: Tensor, k_BLSD: Tensor) -> Tensor:
         """scores_BLNS, float32: what the softmax is taken of."""
-        return (q_BLND.float() / math.sqrt(q_BLND.shape[-1])) @ k_BLSD.float().transpose(-2, -1)
+        with unrounded(q_BLND.device):
+            return (q_BLND.float() / math.sqrt(q_BLND.shape[-1])) @ k_BLSD.float().transpose(-2, -1)
 
     def weights(self, q_BLND: Tensor, k_BLSD: Tensor, bias_B11S: Tensor | None = None) -> Tensor:
         """weights_BLNS, float32: what `attend` multiplies v by and does not show. Each row sums to 1."""

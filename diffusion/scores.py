@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import Attention
+from .attention import Attention, unrounded
 
 AT_ONCE = 2**20  # numbers of the additive score's N x S x D that exist at a time
 SHARPEST = 100.0  # of the cosine's factor (Liu et al. 2022, section 3.3)
@@ -32,7 +32,8 @@ class Transformed(Attention):
 
     def scores(self, q_BLND: Tensor, k_BLSD: Tensor) -> Tensor:
         q_BLND, k_BLSD = self.pair(q_BLND, k_BLSD)
-        return q_BLND.float() @ k_BLSD.float().transpose(-2, -1)
+        with unrounded(q_BLND.device):
+            return q_BLND.float() @ k_BLSD.float().transpose(-2, -1)
 
     def attend(self, q_BLND: Tensor, k_BLSD: Tensor, v_BLSD: Tensor, bias_B11S: Tensor | None = None) -> Tensor:
         return F.scaled_dot_product_attention(*self.pair(q_BLND, k_BLSD), v_BLSD, bias_B11S, scale=1.0)
@@ -91,7 +92,8 @@ class _InPieces(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BLND: Tensor, k_BLSD: Tensor, v_LD: Tensor) -> Tensor:
         ctx.save_for_backward(q_BLND, k_BLSD, v_LD)
-        parts = [tanh.flatten(2, 3) @ v_LD[:, :, None] for tanh in _tanh(q_BLND, k_BLSD)]  # each B L nS 1
+        with unrounded(q_BLND.device):
+            parts = [tanh.flatten(2, 3) @ v_LD[:, :, None] for tanh in _tanh(q_BLND, k_BLSD)]  # each B L nS 1
         return torch.cat([part.unflatten(2, (-1, k_BLSD.shape[2])).squeeze(-1) for part in parts], dim=2)
 
     @staticmethod
@@ -101,7 +103,8 @@ class _InPieces(torch.autograd.Function):
         left_BLNS = gradients[0]
         for tanh in _tanh(q_BLND, k_BLSD):
             here_BLnS, left_BLNS = left_BLNS[:, :, : tanh.shape[2]], left_BLNS[:, :, tanh.shape[2] :]
-            of_v += (here_BLnS.flatten(2)[:, :, None] @ tanh.flatten(2, 3)).sum(0)[:, 0]
+            with unrounded(q_BLND.device):
+                of_v += (here_BLnS.flatten(2)[:, :, None] @ tanh.flatten(2, 3)).sum(0)[:, 0]
             inner = tanh.square_().neg_().add_(1).mul_(v_LD[:, None, None]).mul_(here_BLnS[..., None])
             of_q.append(inner.sum(3))
             of_k += inner.sum(2)
