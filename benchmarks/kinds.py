@@ -132,7 +132,7 @@ def tables(costs: dict[str, list[dict[str, Any]]], scores: dict[str, list[dict[s
         return [str(len(runs)), *means]
 
     def exact(runs: list[dict[str, Any]]) -> list[str]:
-        prompts = sum(run[SPLITS[0]]["n"] for run in runs)
+        prompts = sum(run["seen"]["n"] for run in runs)
         return [*(share([run[split] for run in runs]) for split in SPLITS), str(prompts)]
 
     def skilled(split: str, runs: list[dict[str, Any]]) -> list[str]:
