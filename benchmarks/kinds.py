@@ -1,6 +1,7 @@
 """What does cross-attention buy, and which score function serves best? Arms that differ in one line of a recipe.
 
     python -m train data shapes data/shapes --count 20000
+    python -m train configs/shapes/text.yaml
     python benchmarks/kinds.py [KEY=VALUE ...] [--pictures 30000] [--seeds 0] [--arms dot,additive,...] [--threads 1]
                                [--folder runs/kinds] [--prompts 300] [--table]
 
