@@ -123,8 +123,8 @@ class UNetConfig(Config):
         spare = self.cross_attention_dim is None and score != "dot"
         self.check(not spare, "cross_attention_score", "cross_attention_dim is None: nothing is scored")
         kind, width = self.addition_embed_type, self.projection_class_embeddings_input_dim
-        known = (None, "text_time", "pooled")
-        self.check(kind in known, "addition_embed_type", "only text_time is known, and pooled, which is ours")
+        kind_known = kind in (None, "text_time", "pooled")
+        self.check(kind_known, "addition_embed_type", "only text_time is known, and pooled, which is ours")
         width_known = kind is None or (width is not None and width > 0)
         self.check(width_known, "projection_class_embeddings_input_dim", f"{kind} needs the width of its vector")
         sized = kind == "pooled" and self.addition_time_embed_dim is not None
