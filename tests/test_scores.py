@@ -1,5 +1,6 @@
 """Every score function against loops written from its paper; models without cross-attention; all that takes them."""
 
+import copy
 import dataclasses
 import json
 import math
@@ -20,10 +21,13 @@ from diffusion.guidance import Guidance, classifier_free
 from diffusion.pretrained import load_model, save_model
 from diffusion.scores import KINDS, Additive
 from pipelines import TextToImage
+from pipelines.benchmark import compare
 from pipelines.inspection import inspect, table, unet_flops
 from pipelines.text_to_image import DEFAULT_MODEL
 from tests.test_unet import SMALL, randn, small_unet
 from tests.train.tiny import open_phase, run_here, tiny_recipe, weights
+from train.choice import choose, networks
+from train.config import Model
 from train.optimizer import parameter_groups
 from train.workload import count
 
@@ -316,6 +320,20 @@ def test_a_model_goes_through_everything(arm, armed, tmp_path):
         StableDiffusionPipeline.from_pretrained(folder, local_files_only=True)
     with pytest.raises(GazeError, match=r"single file|in one file"):
         convert(folder, tmp_path / "model.safetensors")
+    with pytest.raises(GazeError, match="diffusers does not know"):
+        compare(folder)
+
+
+def test_only_what_is_there_and_read_can_be_fine_tuned(arm, armed):
+    model = copy.deepcopy(armed)
+    choose(model, Model(init_from="x", train=("*",), lora={"rank": 2}))
+    beside = {name.split(".lora_")[0] for part in networks(model).values() for name, value in part.named_parameters()
+              if value.requires_grad}  # fmt: skip
+    assert any("attn1.to_k" in name for name in beside)
+    assert any("attn2.to_k" in name for name in beside) == (arm in KINDS)
+    assert any("q_proj" in name for name in beside) == (arm != "none")
+    with pytest.raises(GazeError, match="is the name of no parameter"):
+        choose(copy.deepcopy(armed), Model(init_from="x", train=("unet.*attn2.to_k*" if arm not in KINDS else "x",)))
 
 
 # In training
