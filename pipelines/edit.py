@@ -16,17 +16,17 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.alignment import Pair, align
-from diffusion.attention_sites import Site, attending, sites
+from diffusion.attention_sites import attending, sites
 from diffusion.denoiser import Denoiser
 from diffusion.errors import GazeError
 from diffusion.injection import inject_cross, inject_self
 from diffusion.inversion import ROUNDS, invert
 from diffusion.samplers import Denoise
-from diffusion.words import Words, words_of
+from diffusion.words import words_of
 
 from .canvas import canvas
 from .checks import number
-from .request import Plan, Request
+from .request import Request
 from .text_to_image import Preview, TextToImage
 
 CROSS, SELF = 0.8, 0.4
@@ -60,8 +60,8 @@ def edit(
     **options: Any,
 ) -> Edit:
     """Draws both prompts from the same noise, the target with the attention of the source: to the text in the first
-    `cross_steps` (a share, 0 to 1) of the steps, of the picture to itself in the first `self_steps`, where a map's sides
-    are at most `resolution`. 0 and 0 is the target drawn alone.
+    `cross_steps` (a share, 0 to 1) of the steps, of the picture to itself in the first `self_steps`, where a map's
+    sides are at most `resolution`. 0 and 0 is the target drawn alone.
 
     weights: by what a word's share of the target's attention is multiplied, in the steps of cross_steps; any number.
     options: fields of `Request`. With an `image` its noise is found first: see `inverted`, also for rounds. Both are
@@ -77,29 +77,33 @@ def edit(
     picture = options.pop("image", None)
     found = None if picture is None else inverted(pipe, source, picture, rounds, options)
     if found is not None:
-        negative = options.pop("negative_prompt", source)
-        options |= {"negative_prompt": [source, negative], "latents": found.noise_BCHW.repeat(2, 1, 1, 1)}
+        negative = options.get("negative_prompt")
+        options |= {"negative_prompt": [source, source if negative is None else negative]}
+        options |= {"latents": found.noise_BCHW.repeat(2, 1, 1, 1)}
         options["height"], options["width"] = found.pixels_BCHW.shape[2:]
     plan = pipe.plan(Request([source, target], **options))
     if len(plan.prompts) != 2:
         raise GazeError(f"num_images is {options['num_images']}", "one edit at a time, with a seed each")
     for end in plan.dropped:
         warnings.warn(f"the prompt is longer than the model can read; ignored: {end!r}", stacklevel=2)
-    words = [_words(pipe, plan, prompt) for prompt in (source, target)]
-    if len(words[0].of_S) != len(words[1].of_S):
-        lengths = " and ".join(str(len(each.of_S) // pipe.model.text.window) for each in words)
-        raise GazeError(f"the prompts take {lengths} windows of the text encoder", "prompts of about the same length")
-    alignment = align(*words)
-    scale_S = torch.ones(len(words[1].of_S))
+    chunks = plan.chunks
+    if chunks[0] != chunks[1]:
+        raise GazeError(
+            f"the source takes {chunks[0]} windows of the text encoder, the target {chunks[1]}",
+            "prompts of about the same length",
+        )
+    before, after = (
+        words_of(plan.readings[prompt][0], pipe.model.text.window, chunks[0]) for prompt in (source, target)
+    )
+    alignment = align(before, after)
+    scale_S = torch.ones(len(after.of_S))
     for word, weight in (weights or {}).items():
-        scale_S[words[1].tokens(*words[1].numbers(word))] = number(f"the weight of {word!r}", weight)
+        scale_S[after.tokens(*after.numbers(word))] = number(f"the weight of {word!r}", weight)
 
     factor = pipe.model.autoencoder.factor
-    crossing, looking = sites(pipe.model.unet, cross=True), [
-        site
-        for site in sites(pipe.model.unet, cross=False)
-        if max(site.size(plan.height // factor, plan.width // factor)) <= resolution
-    ]  # fmt: skip
+    size = (plan.height // factor, plan.width // factor)
+    crossing = sites(pipe.model.unet, cross=True)
+    looking = [site for site in sites(pipe.model.unet, cross=False) if max(site.size(*size)) <= resolution]
     done, total = 0, len(plan.trajectory.sigmas) - 1
 
     def around(denoiser: Denoiser, rows: list[int]) -> Denoise:
@@ -164,7 +168,3 @@ def psnr(a_BCHW: Tensor, b_BCHW: Tensor) -> float:
     """dB between pixels in [-1, 1]; values beyond are clamped."""
     error = (a_BCHW.clamp(-1, 1) - b_BCHW.clamp(-1, 1)).square().mean()
     return (10 * torch.log10(4 / error)).item()
-
-
-def _words(pipe: TextToImage, plan: Plan, prompt: str) -> Words:
-    return words_of(plan.readings[prompt][0], pipe.model.text.window)

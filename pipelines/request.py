@@ -101,6 +101,16 @@ class Plan:
     dropped: list[str]
     noted: dict[str, Any]
 
+    @property
+    def chunks(self) -> list[int]:
+        """Of each picture, the chunks that its prompt and, under guidance, its negative prompt take."""
+
+        def count(prompt: str | None) -> int:
+            return 1 if prompt is None else max(len(reading.chunks) for reading in self.readings[prompt])
+
+        negatives = self.negative_prompts if self.guidance.scale != 1 else [None] * len(self.prompts)
+        return [max(count(p), count(n)) for p, n in zip(self.prompts, negatives, strict=True)]
+
     def settings(self) -> list[dict[str, Any]]:
         pictures = zip(self.prompts, self.negative_prompts, self.seeds, strict=True)
         return [{"prompt": p, "negative_prompt": n, "seed": s, **self.noted} for p, n, s in pictures]

@@ -216,15 +216,7 @@ class TextToImage:
         """The denoiser of all pictures of a plan. Prompts of as many chunks share calls of the U-Net; a picture is then
         the same whatever else is made with it. beside_BCHW: see `Denoiser`; around: see `run`."""
         parts: list[tuple[list[int], Denoise]] = []
-        guided = plan.guidance.scale != 1
-
-        def chunks(prompt: str | None) -> int:
-            return 1 if prompt is None else max(len(reading.chunks) for reading in plan.readings[prompt])
-
-        lengths = [
-            max(chunks(prompt), chunks(negative) if guided else 1)
-            for prompt, negative in zip(plan.prompts, plan.negative_prompts, strict=True)
-        ]
+        guided, lengths = plan.guidance.scale != 1, plan.chunks
         model, sigmas = self.model, plan.trajectory.sigmas[plan.first :]
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
