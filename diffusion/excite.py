@@ -23,7 +23,7 @@ from .errors import GazeError
 from .methods import Denoise
 from .unet import UNet
 
-STRENGTH = 1.0  # of the move, in standard deviations of a clean picture, where a word is not attended to at all
+STRENGTH = 2.0  # of the move, in standard deviations of a clean picture, where a word is not attended to at all
 LEVEL = 2  # of the maps: a quarter of the latents' sides, the paper's 16x16
 TAPS = (0.1065, 0.7870, 0.1065)  # Gaussian of standard deviation 0.5, as in the paper
 
