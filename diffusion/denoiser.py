@@ -33,7 +33,7 @@ class Predictor:
 
     @cached_property
     def texts(self) -> Sequence[KeysValues]:
-        return self.unet.project_context(self.condition.context_BSE, self.condition.seen_BS)
+        return self.unet.project_context(self.condition.context_BSE, self.condition.weight_BS)
 
     @cached_property
     def shifts(self) -> dict[float, list[Tensor]]:

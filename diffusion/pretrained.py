@@ -26,7 +26,7 @@ from .noise import NoiseSchedule
 from .schedulers import default_name
 from .single_file import open_single_file, tokenizer_folder, tokenizer_of
 from .structure import SIZE_NUMBERS
-from .text import Readings, TextEncoder, encode
+from .text import EMBEDDING, Readings, TextEncoder, encode
 from .unet import UNet
 
 PARTS = {
@@ -91,14 +91,20 @@ class Model:
         """A prompt as each text encoder reads it."""
         return tuple(text.read(prompt) for text in self.texts.values())
 
-    def encode(self, prompts: Sequence[str | Readings | None], sizes: Sequence[int] = (), chunks: int = 1) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str | Readings | None],
+        sizes: Sequence[int] = (),
+        chunks: int = 1,
+        weighting: str = EMBEDDING,
+    ) -> Condition:
         """Prompts -> their condition, see `TextEncoder.encode`. None is a row of zeros. sizes: SDXL's six numbers, see
         `UNet.vector`."""
         readings = [self.read(prompt or "") if isinstance(prompt, str | None) else prompt for prompt in prompts]
-        text = encode([*self.texts.values()], readings, chunks)
+        text = encode([*self.texts.values()], readings, chunks, weighting, self.mask_padding)
         text = blank(text, torch.tensor([prompt is None for prompt in prompts], device=text.context_BSE.device))
         vector_BV = self.unet.vector(text.vector_BV, sizes)
-        return Condition(text.context_BSE, vector_BV, text.seen_BS if self.mask_padding else None)
+        return Condition(text.context_BSE, vector_BV, text.weight_BS)
 
 
 def load_model(

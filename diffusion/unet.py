@@ -320,12 +320,11 @@ class UNet(nn.Module):
         embedded = sinusoid(sizes_B6.flatten(), width).unflatten(0, sizes_B6.shape).flatten(1)
         return torch.cat([pooled_BP, embedded.to(pooled_BP.dtype)], dim=1)
 
-    def project_context(self, context_BSE: Tensor, seen_BS: Tensor | None = None) -> list[KeysValues]:
-        """The text's k_BLSD and v_BLSD for every transformer block, nothing for one without cross-attention. seen_BS:
-        False for tokens that it shall not see; one of each row at least it has to."""
-        bias: tuple[Tensor, ...] = ()
-        if seen_BS is not None:
-            bias = (torch.zeros_like(seen_BS, dtype=context_BSE.dtype).masked_fill(~seen_BS, -math.inf)[:, None, None],)
+    def project_context(self, context_BSE: Tensor, weight_BS: Tensor | None = None) -> list[KeysValues]:
+        """The text's k_BLSD and v_BLSD for every transformer block, nothing for one without cross-attention. weight_BS:
+        see `Condition`; a token of share p gets w p / sum(w p), because log(w) is added to its scores. One of each row
+        at least must not be hidden."""
+        bias = () if weight_BS is None else (weight_BS.float().log().to(context_BSE.dtype)[:, None, None],)
         layers = [block.attn2 for block in self.in_order(TransformerBlock)]
         return [() if layer is None else (*layer.keys_values(context_BSE), *bias) for layer in layers]
 
@@ -365,11 +364,11 @@ class UNet(nn.Module):
         timestep: Tensor | float,
         context_BSE: Tensor,
         vector_BV: Tensor | None = None,
-        seen_BS: Tensor | None = None,
+        weight_BS: Tensor | None = None,
     ) -> Tensor:
         """timestep: of shape [B], or one number for all; fractions allowed. vector_BV: see `vector`.
-        seen_BS: see `project_context`."""
-        return self.denoise(x_BCHW, self.embed_time(timestep, vector_BV), self.project_context(context_BSE, seen_BS))
+        weight_BS: see `project_context`."""
+        return self.denoise(x_BCHW, self.embed_time(timestep, vector_BV), self.project_context(context_BSE, weight_BS))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet:

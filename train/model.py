@@ -59,7 +59,7 @@ class Predict(nn.Module):
         """tokens: tokens_BS of each text encoder; or, where these are frozen, states: what `read` makes of them. told:
         what else `tell` says."""
         text = condition(self.unet, read(self.texts, tokens) if states is None else states, **told)
-        return self.unet(x_BCHW, timestep_B, text.context_BSE, text.vector_BV, text.seen_BS)
+        return self.unet(x_BCHW, timestep_B, text.context_BSE, text.vector_BV, text.weight_BS)
 
 
 def make_model(recipe: config.Recipe, captions: Iterable[str]) -> Model:

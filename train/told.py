@@ -46,8 +46,8 @@ def condition(
     blank_B: Tensor | None = None,
     seen_BS: Tensor | None = None,
 ) -> Condition:
-    """What `read` gave, as the U-Net takes it. sizes_B6: see `UNet.vector`. blank_B: rows of zeros. seen_BS: see
-    `UNet.project_context`."""
+    """What `read` gave, as the U-Net takes it. sizes_B6: see `UNet.vector`. blank_B: rows of zeros. seen_BS: the
+    condition's weights, False for what is hidden."""
     text = Condition(*states) if blank_B is None else blank(Condition(*states), blank_B)
     vector_BV = unet.vector(text.vector_BV, () if sizes_B6 is None else sizes_B6)
     return Condition(text.context_BSE, vector_BV, seen_BS)
