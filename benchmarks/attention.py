@@ -4,9 +4,9 @@
 
 FOLDER: a StableDiffusionPipeline folder; without it, one of random weights is made for as long as this runs (4.3 GB of
 disk). Every cross-attention and every step is recorded and the maps of each step are kept; pictures are not decoded,
-which is the same on all sides. Three sides take turns, one thread each: plain, with maps, and plain again, whose ratio
-to the first is the noise of the machine. Times are of the process's own processor time. Of them, "recording" is what
-went into reading the weights and adding them up, measured inside. Memory: the peaks of two fresh processes.
+which is the same on both sides. The two take turns, one thread each; times are the process's own processor time. What
+of it went into reading the weights and adding them up is measured inside as well ("recording"), because the ratio of
+two long times has the noise of the machine in it. Memory: the peaks of two fresh processes.
 
     python benchmarks/attention.py unused [FOLDER of a U-Net] [--rounds 40]
 
@@ -15,6 +15,7 @@ one that never had any. Both should run the same code.
 """
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -55,7 +56,7 @@ def cost_of_maps(folder: Path, steps: int, size: int, rounds: int) -> None:
         measured(name, inside)
     options = {"num_inference_steps": steps, "height": size, "width": size, "seed": 0}
     with_maps = {**options, "word_maps": True, "map_each_step": True}
-    seconds: dict[str, list[float]] = {"plain": [], "maps": [], "plain again": []}
+    seconds: dict[str, list[float]] = {"plain": [], "maps": []}
     recording, last = [], {}
     for _ in range(rounds):
         for name, side in seconds.items():
@@ -63,8 +64,8 @@ def cost_of_maps(folder: Path, steps: int, size: int, rounds: int) -> None:
             for preview in pipe.steps(PROMPT, **(with_maps if name == "maps" else options)):
                 last[name] = preview
             side.append(time.process_time() - begin)
-            if name == "maps":
-                recording.append(inside[0])
+            print(f"{name}: {side[-1]:.2f} s, recording {inside[0]:.3f} s", file=sys.stderr, flush=True)
+        recording.append(inside[0])
     equal = torch.equal(last["plain"].step.x_BCHW, last["maps"].step.x_BCHW)
     (maps,) = last["maps"].word_maps
     held = maps.held_WHW.nbytes + maps.held_TWHW.nbytes

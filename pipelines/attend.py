@@ -52,7 +52,7 @@ def attend(
     }
     check_writable(Path(out).absolute().parent)
     with no_collection():
-        from .attention_files import write_attention
+        from .attention_files import percent, write_attention
 
     wanted = {"seed": random.SystemRandom().randrange(2**32), **settings}
     with progress() as advance:
@@ -64,7 +64,7 @@ def attend(
     for name in ("picture", "sheet", "arrays"):
         print(report[name])
     for row in report["overlays"]:
-        print(f"{row['overlay']}  {row['name']}  most {row['most']:.2g}  mean {row['mean']:.2g}")
+        print(f"{row['overlay']}  {row['name']}  most {percent(row['most'])}  mean {percent(row['mean'])}")
 
 
 def numbers_of(text: str | None, option: str) -> list[int] | None:

@@ -64,9 +64,9 @@ def write_attention(
         overlays = _overlays(picture.image, words, pixels, chosen)
         for row, drawn in overlays:
             save_png(drawn, aside / row["overlay"])
-        labels = [settings["prompt"], *(f"{row['name']}: {row['most']:.2g}" for row, _ in overlays)]
+        labels = [settings["prompt"], *(f"{row['name']} {percent(row['most'])}" for row, _ in overlays)]
         shown = [picture.image, *(drawn for _, drawn in overlays), legend(picture.image.size)]
-        sheet = grid(shown, COLUMNS, [*labels, "0 to each map's most"], scale_of(shown))
+        sheet = grid(shown, COLUMNS, [*labels, "the colours: from 0 to the % given"], scale_of(shown))
         save_png(sheet, aside / SHEET)
         _write_arrays(aside / ARRAYS, words, pixels, picture.settings)
         (aside / PAGE).write_text(_page(picture.image, picture.settings, words, pixels), encoding="utf-8")
@@ -94,8 +94,13 @@ def _overlays(
         ending = f"-{slug(name)}" if any(letter.isalnum() for letter in name) else ""
         rows.append((_row(name, f"word-{number + 1}{ending}.png", maps_WHW[number]), overlay(image, maps_WHW[number])))
     for (x, y), map_HW in zip(pixels.pixels, pixels.maps, strict=True) if pixels is not None else ():
-        rows.append((_row(f"{x},{y}", f"pixel-{x}-{y}.png", map_HW), overlay(image, map_HW, (x, y))))
+        rows.append((_row(f"pixel {x},{y}", f"pixel-{x}-{y}.png", map_HW), overlay(image, map_HW, (x, y))))
     return rows
+
+
+def percent(share: float) -> str:
+    """In percent, of two digits."""
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
 
 
 def _row(name: str, file: str, map_HW: Tensor) -> dict[str, Any]:
