@@ -82,8 +82,8 @@ def write_attention(
 def _overlays(
     image: Image.Image, words: WordMaps, pixels: PixelMaps | None, chosen: Sequence[str] | None
 ) -> list[tuple[dict[str, Any], Image.Image]]:
-    """Of each word, of the special tokens where there is none, and of each pixel: name, file, largest and mean value,
-    and the picture under its map."""
+    """Of each word, of the special tokens where there is none, and of each pixel: name, file, largest and mean value at
+    the latents' size, and the picture under its map."""
     plain = [number for number, name in enumerate(words.words) if name not in SPECIAL]
     numbers = plain or range(len(words.words))
     if chosen is not None:
@@ -92,9 +92,12 @@ def _overlays(
     for number in numbers:
         name = words.words[number]
         ending = f"-{slug(name)}" if any(letter.isalnum() for letter in name) else ""
-        rows.append((_row(name, f"word-{number + 1}{ending}.png", maps_WHW[number]), overlay(image, maps_WHW[number])))
-    for (x, y), map_HW in zip(pixels.pixels, pixels.maps, strict=True) if pixels is not None else ():
-        rows.append((_row(f"pixel {x},{y}", f"pixel-{x}-{y}.png", map_HW), overlay(image, map_HW, (x, y))))
+        row = _row(name, f"word-{number + 1}{ending}.png", words.held_WHW[number])
+        rows.append((row, overlay(image, maps_WHW[number])))
+    if pixels is not None:
+        for (x, y), held_HW, map_HW in zip(pixels.pixels, pixels.held_WHW, pixels.maps, strict=True):
+            row = _row(f"pixel {x},{y}", f"pixel-{x}-{y}.png", held_HW)
+            rows.append((row, overlay(image, map_HW, (x, y))))
     return rows
 
 
@@ -103,8 +106,8 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.2g} %"
 
 
-def _row(name: str, file: str, map_HW: Tensor) -> dict[str, Any]:
-    return {"name": name, "overlay": file, "most": map_HW.max().item(), "mean": map_HW.mean().item()}
+def _row(name: str, file: str, held_HW: Tensor) -> dict[str, Any]:
+    return {"name": name, "overlay": file, "most": held_HW.max().item(), "mean": held_HW.mean().item()}
 
 
 def _write_arrays(path: Path, words: WordMaps, pixels: PixelMaps | None, settings: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def test_the_arrays_say_what_they_are(gaze, model, pipe):
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     rows = report["overlays"]
     assert [row["name"] for row in rows] == ["red", "cat", "pixel 3,20"]
-    largest = torch.cat([maps.maps[:2], pixels.maps]).amax((1, 2)).tolist()
+    largest = torch.cat([maps.held_WHW[:2], pixels.held_WHW]).amax((1, 2)).tolist()
     assert [row["most"] for row in rows] == pytest.approx(largest)
 
 

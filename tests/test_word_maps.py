@@ -25,11 +25,9 @@ CASES = {
     "heun": {"scheduler": "heun"},
     "ancestral": {"scheduler": "euler_ancestral"},
     "driven": {"scheduler": "kdpm2"},
-    "pndm": {"scheduler": "pndm"},
     "no guidance": {"guidance_scale": 1},
     "interval": {"guidance_interval": (0.5, 3)},
     "negative": {"negative_prompt": LONG},
-    "rescaled": {"guidance_rescale": 0.7},
     "image to image": {"image": PICTURE, "strength": 0.7},
     "inpainting": {"image": PICTURE, "mask_image": MASK},
     "odd": {"height": 34, "width": 22},
@@ -111,7 +109,7 @@ def test_maps_are_what_the_attention_computed(pipe, scheduler, calls):
 
 
 def test_layers_steps_and_heads_can_be_chosen(pipe):
-    options = {"num_inference_steps": 4, "seed": 5, "word_maps": True}
+    options = {"num_inference_steps": 3, "seed": 5, "word_maps": True}
     names = [site.name for site in sites(pipe.model.unet, cross=True)]
 
     def held(**more):
@@ -124,15 +122,15 @@ def test_layers_steps_and_heads_can_be_chosen(pipe):
     by_head = torch.stack([held(map_heads=[head]) for head in (1, 2)])
     assert torch.allclose(by_head.mean(0), everything, atol=1e-6)
     assert torch.allclose(held(map_heads=[2, 1]), everything, atol=1e-6)
-    by_step = torch.stack([held(map_steps=[step]) for step in (1, 2, 3, 4)])
+    by_step = torch.stack([held(map_steps=[step]) for step in (1, 2, 3)])
     assert torch.allclose(by_step.mean(0), everything, atol=1e-6)
-    assert torch.allclose(held(map_steps=range(3, 5)), by_step[2:].mean(0), atol=1e-6)
+    assert torch.allclose(held(map_steps=range(2, 4)), by_step[1:].mean(0), atol=1e-6)
 
 
 def test_company_does_not_change_a_map(pipe):
     options = {"num_inference_steps": 2, "seed": 5, "word_maps": True, "pixel_maps": [(0, 0), (31, 31)]}
-    together = pipe(["cat", LONG, "red dog"], num_images=2, **options)
-    for index, prompt in enumerate(["cat", "cat", LONG, LONG, "red dog", "red dog"]):
+    together = pipe(["cat", LONG], num_images=2, **options)
+    for index, prompt in enumerate(["cat", "cat", LONG, LONG]):
         alone = pipe(prompt, **{**options, "seed": 5 + index})
         assert together.word_maps[index].words == alone.word_maps[0].words
         assert torch.allclose(together.word_maps[index].maps, alone.word_maps[0].maps, atol=1e-4)

@@ -29,18 +29,24 @@ class Written:
         return attention.to_out[1](attention.to_out[0](out))
 
 
-@pytest.mark.parametrize("size", [(16, 16), (11, 7)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_maps_of_diffusers(tmp_path, family, size):
-    theirs = narrow_pipeline(family).unet.eval()
-    theirs.save_pretrained(tmp_path / "unet")
-    ours = UNet.from_pretrained(tmp_path / "unet").eval()
-    kept = {}
+@pytest.fixture(scope="module", params=FAMILIES)
+def networks(request, tmp_path_factory):
+    """The same U-Net theirs and ours, and what theirs has last kept, by the layer's name."""
+    folder, kept = tmp_path_factory.mktemp("unet"), {}
+    theirs = narrow_pipeline(request.param).unet.eval()
+    theirs.save_pretrained(folder)
     names = [name.removesuffix(".processor") for name in theirs.attn_processors]
     theirs.set_attn_processor({f"{name}.processor": Written(name, kept) for name in names})
+    return theirs, UNet.from_pretrained(folder).eval(), kept
+
+
+@pytest.mark.parametrize("size", [(16, 16), (11, 7)])
+def test_maps_of_diffusers(networks, size):
+    theirs, ours, kept = networks
+    sdxl = hasattr(ours, "add_embedding")
     torch.manual_seed(0)
     x_BCHW, context_BSE = torch.randn(2, 4, *size), torch.randn(4, len(OF), ours.config.cross_attention_dim)
-    vector_BV = torch.randn(4, ours.config.projection_class_embeddings_input_dim) if family == "sdxl" else None
+    vector_BV = torch.randn(4, ours.config.projection_class_embeddings_input_dim) if sdxl else None
     added = None
     if vector_BV is not None:
         ids = torch.arange(24.0).view(4, 6)
