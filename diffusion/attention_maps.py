@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from .attention_sites import Site, attending
 from .methods import Denoise
 
-MOST = 2**22  # weights written out at once: 16 MiB
+MOST = 2**22  # weights of all heads, written out at once: 16 MiB
 NOTHING = 1e-12  # a map that sums to less is none
 
 
@@ -54,15 +54,11 @@ Read = Callable[..., Tensor]  # -> maps_BWN
 
 def read_words(of_BS: Tensor, count: int, heads: Sequence[int] | None = None) -> Read:
     """How much each pixel looks at each word, in an attention to the text: the mean over its heads, or over these, by
-    their numbers from 0. No more than `MOST` weights are there at once, whatever the size.
-
-    of_BS, count: as in `by_word`, a row for each picture.
-    """
+    their numbers from 0. of_BS, count: as in `by_word`, a row for each picture."""
 
     def read(site: Site, size: tuple[int, int], q_BLND: Tensor, k_BLSD: Tensor, *bias: Tensor) -> Tensor:
-        pixels = max(MOST // (k_BLSD[..., 0].numel()), 1)
-        parts = [_mean(site.layer.weights(part, k_BLSD, *bias), heads) for part in q_BLND.split(pixels, dim=2)]
-        return torch.cat([by_word(part_BNS, of_BS, count) for part_BNS in parts], dim=-1)
+        parts = _weights(site, heads, q_BLND, k_BLSD, *bias)
+        return torch.cat([by_word(weights_BNS, of_BS, count) for weights_BNS in parts], dim=-1)
 
     return read
 
@@ -71,19 +67,25 @@ def read_pixels(places: Sequence[tuple[float, float]], heads: Sequence[int] | No
     """How much each of these pixels looks at all others, in an attention of the picture to itself. The mean over a map
     is 1, whatever its size.
 
-    places: down and right, as shares of height and width, from 0 to below 1. heads: see `read_words`.
+    places: down and right, as shares of height and width, from 0 to below 1. heads: as in `read_words`.
     """
 
-    def read(site: Site, size: tuple[int, int], q_BLND: Tensor, k_BLSD: Tensor) -> Tensor:
+    def read(site: Site, size: tuple[int, int], q_BLND: Tensor, k_BLND: Tensor) -> Tensor:
         height, width = size
         rows = [int(down * height) * width + int(right * width) for down, right in places]
-        return _mean(site.layer.weights(q_BLND[:, :, rows], k_BLSD), heads) * (height * width)
+        return torch.cat([*_weights(site, heads, q_BLND[:, :, rows], k_BLND)], dim=1) * (height * width)
 
     return read
 
 
-def _mean(weights_BLNS: Tensor, heads: Sequence[int] | None) -> Tensor:
-    return (weights_BLNS if heads is None else weights_BLNS[:, heads]).mean(dim=1)
+def _weights(
+    site: Site, heads: Sequence[int] | None, q_BLND: Tensor, k_BLSD: Tensor, *bias: Tensor
+) -> Iterator[Tensor]:
+    """weights_BNS, the mean over the heads, of some pixels after the other: no more than `MOST` are there at once."""
+    pixels = max(MOST // k_BLSD[..., 0].numel(), 1)
+    for part_BLND in q_BLND.split(pixels, dim=2):
+        weights_BLNS = site.layer.weights(part_BLND, k_BLSD, *bias)
+        yield (weights_BLNS if heads is None else weights_BLNS[:, heads]).mean(dim=1)
 
 
 class Recorded(NamedTuple):
@@ -131,7 +133,7 @@ class Recorder:
     def _record(self, site: Site, q_BLND: Tensor, k_BLSD: Tensor, v_BLSD: Tensor, *bias: Tensor) -> None:
         here = site.size(*self.size)
         maps_BWN = self.read(site, here, q_BLND, k_BLSD, *bias)
-        self.sums[here] = self.sums[here].add_(maps_BWN) if here in self.sums else maps_BWN
+        self.sums[here] = self.sums[here] + maps_BWN if here in self.sums else maps_BWN
         self.count += 1
 
     def end_step(self) -> Recorded | None:

@@ -30,7 +30,7 @@ from .text_to_image import Preview
 from .word_maps import Maps, PixelMaps, WordMaps
 
 PAGE, PICTURE, SHEET, ARRAYS = "index.html", "picture.png", "sheet.png", "maps.safetensors"
-COLUMNS = 5  # of the sheet
+COLUMNS = 6  # of the sheet
 SPECIAL = (START, END, PADDING)
 
 
@@ -64,9 +64,9 @@ def write_attention(
         overlays = _overlays(picture.image, words, pixels, chosen)
         for row, drawn in overlays:
             save_png(drawn, aside / row["overlay"])
-        labels = [settings["prompt"], *(f"{row['name']} {percent(row['most'])}" for row, _ in overlays)]
+        labels = [settings["prompt"], *(f"{row['name']} ({percent(row['most'])})" for row, _ in overlays)]
         shown = [picture.image, *(drawn for _, drawn in overlays), legend(picture.image.size)]
-        sheet = grid(shown, COLUMNS, [*labels, "the colours: from 0 to the % given"], scale_of(shown))
+        sheet = grid(shown, COLUMNS, [*labels, "colours: 0 to (the most)"], scale_of(shown))
         save_png(sheet, aside / SHEET)
         _write_arrays(aside / ARRAYS, words, pixels, picture.settings)
         (aside / PAGE).write_text(_page(picture.image, picture.settings, words, pixels), encoding="utf-8")

@@ -117,11 +117,12 @@ def wanted_maps(unet: UNet, request: Request, height: int, width: int, total: in
     words = [site for site in layers if site.cross and request.word_maps]
     pixels = [site for site in layers if not site.cross and request.pixel_maps]
     for kind, found, asked in (
-        ("of the picture to the text", words, request.word_maps),
-        ("of the picture to itself", pixels, request.pixel_maps),
+        ("the text", words, request.word_maps),
+        ("the picture itself", pixels, request.pixel_maps),
     ):
         if asked and not found:
-            raise GazeError(f"none of map_layers {patterns} is an attention {kind}", "'*', or 'up_blocks.*'")
+            among = "in this model" if patterns is None else f"among map_layers {patterns}"
+            raise GazeError(f"no attention to {kind} is {among}", "map_layers '*', and a model that has it")
     return Wanted(
         words,
         pixels,

@@ -253,7 +253,7 @@ def test_bfloat16_and_nine_channels(tmp_path):
     "options, problem, hint",
     [
         ({"map_layers": ["up_blocks.9.*"]}, "no attention is named 'up_blocks.9.*'", "choices: down_blocks.0.*"),
-        ({"map_layers": ["*.attn1"]}, "is an attention of the picture to the text", "up_blocks"),
+        ({"map_layers": ["*.attn1"]}, "no attention to the text is among map_layers ['*.attn1']", "'*'"),
         ({"map_layers": []}, "map_layers is []", "a list of texts"),
         ({"map_steps": [1, 4]}, "map_steps has step 4, but this run has 3", "steps from 1 to 3"),
         ({"map_steps": [0]}, "a step of map_steps is 0", "at least 1"),
