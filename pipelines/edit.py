@@ -74,6 +74,9 @@ def edit(
     for name, share in shares.items():
         if not 0 <= number(name, share) <= 1:
             raise GazeError(f"{name} is {share}", "a share of the steps, from 0 to 1")
+    for name in ("word_maps", "pixel_maps"):
+        if options.get(name):
+            raise GazeError(f"{name} was given, but an edit has none", f"the maps of one prompt: pipe(..., {name}=...)")
     pixels_BCHW = _opened(pipe, options)
     if pixels_BCHW is not None:
         negative = options.get("negative_prompt")

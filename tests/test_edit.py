@@ -173,6 +173,7 @@ def test_it_goes_with_other_options(pipe, options):
         (("a cat", "a dog"), {"self_steps": -0.1}, "self_steps is -0.1"),
         (("a cat", "a dog"), {"num_images": 2}, "num_images is 2"),
         (("a cat", "a dog"), {"image": Image.new("RGB", (32, 32)), "strength": 0.5}, "strength was given"),
+        (("a cat", "a dog"), {"word_maps": True}, "word_maps was given"),
         (("a cat", "a dog"), {"image": "nowhere.png"}, "nowhere.png cannot be read"),
     ],
 )
