@@ -95,6 +95,7 @@ HELP = "import sys; from pipelines.__main__ import main; sys.argv = ['gaze', {ar
         "import pipelines",
         HELP.format(args="'--help'"),
         HELP.format(args="'generate', '--help'"),
+        HELP.format(args="'attend', '--help'"),
         HELP.format(args="'convert', '--help'"),
         HELP.format(args="'inspect', '--help'"),
         HELP.format(args="'--version'"),
