@@ -15,6 +15,7 @@ from diffusion.errors import GazeError
 from pipelines import __version__
 
 from .commands import generate, grid, info
+from .edit_command import edit
 from .options import (
     Cfg,
     Debug,
@@ -60,6 +61,7 @@ def options(
 
 app.command()(generate)
 app.command(short_help="Vary settings along axes.")(grid)
+app.command(short_help="Draw a picture again with other words.")(edit)
 app.command(short_help="Print the settings inside a PNG.")(info)
 
 
