@@ -8,6 +8,7 @@ import sys
 import tempfile
 
 import torch
+from diffusers import DDIMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from diffusion.errors import GazeError
@@ -25,24 +26,28 @@ WAYS = (
 
 def main() -> int:
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        small_pipeline().save_pretrained(folder)
-        pipe = TextToImage.from_pretrained(folder)
-    fits, drawn, equal, worst = set(), 0, 0, 0.0
-    for name in (row["name"] for row in table()):
-        for options in WAYS:
-            options = {**options, "scheduler": name, "num_inference_steps": 4, "seed": 1}
-            try:
-                without = pipe("a red cat", **options)
-            except GazeError as error:
-                print(f"{name}: {error.problem}")
-                break
-            result = pipe("a red cat", word_maps=True, pixel_maps=[(5, 7)], **options)
-            drawn += 1
-            equal += torch.equal(without.pixels_BCHW, result.pixels_BCHW)
-            worst = max(worst, (result.word_maps[0].maps.sum(0) - 1).abs().max().item())
-            fits.add(name)
-    print(f"{len(fits)} schedulers: {equal} of {drawn} pictures bit-equal, sums at most {worst:.1e} from 1")
+    left, drawn, equal, worst = [row["name"] for row in table()], 0, 0, 0.0
+    pipeline = small_pipeline()
+    for own in (DDIMScheduler(), FlowMatchEulerDiscreteScheduler(), EDMEulerScheduler()):
+        pipeline.register_modules(scheduler=own)
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline.save_pretrained(folder)
+            pipe = TextToImage.from_pretrained(folder)
+        for name in [*left]:
+            for options in WAYS:
+                options = {**options, "scheduler": name, "num_inference_steps": 4, "seed": 1}
+                try:
+                    without = pipe("a red cat", **options)
+                except GazeError:  # it is for models with other noise levels
+                    break
+                result = pipe("a red cat", word_maps=True, pixel_maps=[(5, 7)], **options)
+                drawn += 1
+                equal += torch.equal(without.pixels_BCHW, result.pixels_BCHW)
+                worst = max(worst, (result.word_maps[0].maps.sum(0) - 1).abs().max().item())
+            else:
+                left.remove(name)
+    print(f"{len(table()) - len(left)} schedulers, all but {left}")
+    print(f"{equal} of {drawn} pictures bit-equal, sums at most {worst:.1e} from 1")
     return int(equal < drawn or worst > 1e-5)
 
 
