@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -32,8 +34,14 @@ def same_rows(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+def unrounded(device: torch.device) -> AbstractContextManager[object]:
+    """Within, products of float32 are float32 under autocast too."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)  # which has none
+
+
 class Attention(nn.Module):
-    """Multi-head attention: of the picture to itself, or to a text of another width.
+    """Multi-head attention: of the picture to itself, or to a text of another width. Its score function is the scaled
+    dot product (Vaswani et al. 2017, eq. 1); `scores` has the others.
 
     `attend` is the one seam: (q_BLND, k_BLSD, v_BLSD) -> out_BLND, with bias_B11S as a fourth argument where tokens of
     the text are hidden or weighted. Setting it on an instance replaces the kernel of that layer; deleting it there
@@ -60,16 +68,24 @@ class Attention(nn.Module):
 
     def scores(self, q_BLND: Tensor, k_BLSD: Tensor) -> Tensor:
         """scores_BLNS, float32: what the softmax is taken of."""
-        return (q_BLND.float() / math.sqrt(q_BLND.shape[-1])) @ k_BLSD.float().transpose(-2, -1)
+        with unrounded(q_BLND.device):
+            return (q_BLND.float() / math.sqrt(q_BLND.shape[-1])) @ k_BLSD.float().transpose(-2, -1)
 
     def weights(self, q_BLND: Tensor, k_BLSD: Tensor, bias_B11S: Tensor | None = None) -> Tensor:
         """weights_BLNS, float32: what `attend` multiplies v by and does not show. Each row sums to 1."""
         scores_BLNS = self.scores(q_BLND, k_BLSD)
         return (scores_BLNS if bias_B11S is None else scores_BLNS + bias_B11S).softmax(dim=-1)
 
+    def flops(self, places: int, source: int) -> int:
+        """Of the matrix products of `attend` for one row: N places that attend to S of a source."""
+        return 4 * places * source * self.to_q.out_features
+
     def forward(self, x_BNC: Tensor, keys_values: KeysValues) -> Tensor:
         out_BLND = self.attend(self.split(self.to_q(x_BNC)), *keys_values)
         return self.to_out[0](out_BLND.transpose(1, 2).flatten(2))
+
+
+MakeAttention = Callable[[int, int], Attention]  # channels, heads
 
 
 class GEGLU(nn.Module):
@@ -93,22 +109,28 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; each normalised before and added after."""
+    """Self-attention, cross-attention to the text, feed-forward; each normalised before and added after.
 
-    def __init__(self, channels: int, heads: int, context_dim: int) -> None:
+    cross: makes the attention to the text of channels and heads; None: there is none.
+    """
+
+    def __init__(self, channels: int, heads: int, cross: MakeAttention | None) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = Attention(channels, heads)
-        self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, heads, context_dim)
+        self.attn2 = None
+        if cross is not None:
+            self.norm2 = nn.LayerNorm(channels)
+            self.attn2 = cross(channels, heads)
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(self, x_BNC: Tensor, text: KeysValues) -> Tensor:
         normed_BNC = self.norm1(x_BNC)
         x_BNC = x_BNC + self.attn1(normed_BNC, self.attn1.keys_values(normed_BNC))
-        x_BNC, _ = same_rows(x_BNC, text[0])
-        x_BNC = x_BNC + self.attn2(self.norm2(x_BNC), text)
+        if self.attn2 is not None:
+            x_BNC, _ = same_rows(x_BNC, text[0])
+            x_BNC = x_BNC + self.attn2(self.norm2(x_BNC), text)
         return x_BNC + self.ff(self.norm3(x_BNC))
 
 
@@ -122,7 +144,9 @@ class TokenConv(nn.Conv2d):
 class SpatialTransformer(nn.Module):
     """Transformer blocks on the pixels of a feature map, as a residual (Rombach et al. 2022, section 3.3)."""
 
-    def __init__(self, channels: int, heads: int, context_dim: int, depth: int, groups: int, linear: bool) -> None:
+    def __init__(
+        self, channels: int, heads: int, cross: MakeAttention | None, depth: int, groups: int, linear: bool
+    ) -> None:
         super().__init__()
 
         def projection() -> nn.Module:
@@ -130,7 +154,7 @@ class SpatialTransformer(nn.Module):
 
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)  # not the 1e-5 of the residual blocks
         self.proj_in = projection()
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, context_dim) for _ in range(depth))
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(channels, heads, cross) for _ in range(depth))
         self.proj_out = projection()
 
     def forward(self, x_BCHW: Tensor, texts: Iterator[KeysValues]) -> Tensor:

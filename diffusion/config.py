@@ -18,13 +18,15 @@ class Config:
     """Base of dataclasses whose fields are the options that are read, under their names in the file.
 
     NAME: how errors call the config. KIND: the entry of the file that says which class it describes.
-    FIXED: options that have one supported value. IGNORED: options without effect here, and why.
+    FIXED: options that have one supported value. IGNORED: options without effect here, and why. OWN: fields that the
+    library does not know; they are written only where they are not at their defaults.
     """
 
     NAME: ClassVar[str]
     KIND: ClassVar[tuple[str, str]]
     FIXED: ClassVar[dict[str, Any]] = {}
     IGNORED: ClassVar[dict[str, str]] = {}
+    OWN: ClassVar[tuple[str, ...]] = ()
 
     def check(self, good: bool, option: str, rule: str) -> None:
         """Raises GazeError unless `good`: the option's value breaks the rule."""
@@ -67,8 +69,10 @@ class Config:
         return cls(**values)
 
     def to_diffusers(self) -> dict[str, Any]:
-        """The content of a config.json that the library and `from_diffusers` read."""
-        return {self.KIND[0]: self.KIND[1], **self.FIXED, **dataclasses.asdict(self)}
+        """The content of a config.json that the library, where it knows all of it, and `from_diffusers` read."""
+        usual = {field.name: field.default for field in dataclasses.fields(self) if field.name in self.OWN}
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in usual or v != usual[k]}
+        return {self.KIND[0]: self.KIND[1], **self.FIXED, **values}
 
 
 def _is_a(value: Any, hint: Any) -> bool:

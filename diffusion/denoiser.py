@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .attention import same_rows
 from .condition import Condition, join
 from .guidance import Guidance, classifier_free, projected, rescaled
 from .noise import NoiseSchedule
@@ -32,7 +33,7 @@ class Predictor:
 
     @cached_property
     def texts(self) -> Sequence[KeysValues]:
-        return self.unet.project_context(self.condition.context_BSE, self.condition.seen_BS)
+        return self.unet.project_context(self.condition.context_BSE, self.condition.weight_BS)
 
     @cached_property
     def shifts(self) -> dict[float, list[Tensor]]:
@@ -58,7 +59,8 @@ class Predictor:
             # With a vector the time shifts have a row per prompt, so the rows differ from the first layer on.
             x_BCHW = x_BCHW.repeat(len(self.condition) // len(x_BCHW), 1, 1, 1)
         shifts = self.shifts.get(sigma) or self.tabulate(torch.tensor([sigma], dtype=torch.float64))[sigma]
-        return self.unet.denoise(x_BCHW, shifts, self.texts).to(input_BCHW.dtype)
+        output_RCHW, _ = same_rows(self.unet.denoise(x_BCHW, shifts, self.texts), self.condition.context_BSE)
+        return output_RCHW.to(input_BCHW.dtype)
 
 
 class Denoiser:

@@ -26,7 +26,7 @@ from .noise import NoiseSchedule
 from .schedulers import default_name
 from .single_file import open_single_file, tokenizer_folder, tokenizer_of
 from .structure import SIZE_NUMBERS
-from .text import Readings, TextEncoder, encode
+from .text import EMBEDDING, Readings, TextEncoder, encode
 from .unet import UNet
 
 PARTS = {
@@ -40,6 +40,7 @@ PARTS_2 = {
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
 }
+OWN_UNET = ["gaze", "UNet"]  # a library that diffusers refuses, where it would else draw something else without a word
 EXTRA: dict[str, dict[str, Any]] = {
     "StableDiffusionPipeline": {"safety_checker": [None, None], "requires_safety_checker": False},
     "StableDiffusionXLPipeline": PARTS_2,
@@ -90,14 +91,20 @@ class Model:
         """A prompt as each text encoder reads it."""
         return tuple(text.read(prompt) for text in self.texts.values())
 
-    def encode(self, prompts: Sequence[str | Readings | None], sizes: Sequence[int] = (), chunks: int = 1) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str | Readings | None],
+        sizes: Sequence[int] = (),
+        chunks: int = 1,
+        weighting: str = EMBEDDING,
+    ) -> Condition:
         """Prompts -> their condition, see `TextEncoder.encode`. None is a row of zeros. sizes: SDXL's six numbers, see
         `UNet.vector`."""
         readings = [self.read(prompt or "") if isinstance(prompt, str | None) else prompt for prompt in prompts]
-        text = encode([*self.texts.values()], readings, chunks)
+        text = encode([*self.texts.values()], readings, chunks, weighting, self.mask_padding)
         text = blank(text, torch.tensor([prompt is None for prompt in prompts], device=text.context_BSE.device))
-        vector_BV = None if text.vector_BV is None else self.unet.vector(text.vector_BV, sizes)
-        return Condition(text.context_BSE, vector_BV, text.seen_BS if self.mask_padding else None)
+        vector_BV = self.unet.vector(text.vector_BV, sizes)
+        return Condition(text.context_BSE, vector_BV, text.weight_BS)
 
 
 def load_model(
@@ -181,14 +188,16 @@ def _from_file(path: Path, tokenizer: str | Path | None, prediction_type: str | 
 def check_fit(model: Model, folder: Path) -> None:
     """Raises GazeError when the parts of a model cannot work together."""
     config, latents = model.unet.config, model.autoencoder.latent_channels
-    pooled = None if model.text_2 is None else model.text_2.model.text_projection
-    sizes = SIZE_NUMBERS * (config.addition_time_embed_dim or 0)
-    vector = None if pooled is None else pooled.out_features + sizes
+    projection = None if model.text_2 is None else model.text_2.model.text_projection
+    own = model.text.width if config.addition_embed_type == "pooled" else None
+    pooled = own if projection is None else projection.out_features
+    vector = None if pooled is None else pooled + SIZE_NUMBERS * (config.addition_time_embed_dim or 0)
+    width = sum(text.width for text in model.texts.values())
     for option, wanted, source in (
         ("in_channels", (latents, 2 * latents + 1), "the channels of vae/ ask for {0}, or {1} for inpainting"),
         ("out_channels", (latents,), "the channels of vae/ are {0}"),
-        ("cross_attention_dim", (sum(text.width for text in model.texts.values()),), "the text encoders' width is {0}"),
-        ("projection_class_embeddings_input_dim", (vector,), "text_encoder_2 and six size numbers make {0}"),
+        ("cross_attention_dim", (width, None), "the text encoders' width is {0}"),
+        ("projection_class_embeddings_input_dim", (vector,), "the pooled text and the size numbers make {0}"),
     ):
         if getattr(config, option) not in wanted:
             raise GazeError(
@@ -208,14 +217,17 @@ def model_index(pipeline: str, scheduler: str, zeros: bool = True) -> dict[str, 
 
 
 def save_model(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes the model as a folder that diffusers opens, in the place of one that is there.
+    """Writes the model as a folder that diffusers opens, in the place of one that is there. A U-Net that diffusers does
+    not know is noted as ours in model_index.json.
 
     Raises GazeError when `folder` holds something else.
     """
     with replacing(folder) as aside:
         scheduler = model.schedule.config["_class_name"]
         pipeline = "StableDiffusionPipeline" if model.text_2 is None else "StableDiffusionXLPipeline"
-        write_json(aside / "model_index.json", model_index(pipeline, scheduler, model.zeros))
+        index = model_index(pipeline, scheduler, model.zeros)
+        own = {} if model.unet.config.is_diffusers else {"unet": OWN_UNET}
+        write_json(aside / "model_index.json", index | own)
         write_json(aside / "scheduler" / "scheduler_config.json", model.schedule.config)
         write_json(aside / "generation_config.json", model.defaults)
         model.unet.save_pretrained(aside / "unet", dtype)

@@ -19,6 +19,7 @@ from .errors import GazeError
 from .prompts import parse
 from .tokenizer import Tokenizer
 
+EMBEDDING, ATTENTION = WEIGHTINGS = ("embedding", "attention")  # what the weights of a prompt's words act on
 MOST_CHUNKS = 16
 WORD = re.compile(r"\w+(?:['’-]\w+)*|\S")  # letters and digits, with an apostrophe or hyphen inside; else a character
 LONGEST = 8  # characters of a token, on average: where a prompt has more than so many chunks hold, it is not looked at
@@ -112,9 +113,11 @@ class TextEncoder:
         return Reading(tuple(rows), tuple(words), " ".join(filter(None, [*left, beyond.strip()])))
 
     def states(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What the U-Net reads of token ids: states BSE and, where the model has it, the pooled vector BP."""
+        """What a U-Net may read of token ids: states BSE and the pooled vector BP, which is the state at the prompt's
+        end or, of SDXL's second text encoder, its projection, and of the first one None."""
         if not self.penultimate:
-            return self.model(tokens_BS), None
+            states_BSE = self.model(tokens_BS)
+            return states_BSE, states_BSE[torch.arange(len(tokens_BS)), self.ends(tokens_BS)]
         return self.model.penultimate(tokens_BS, self.ends(tokens_BS))
 
     def ends(self, tokens_BS: Tensor) -> Tensor:
@@ -125,37 +128,58 @@ class TextEncoder:
         """seen_BS: True up to each prompt's end, False for what fills the window after it."""
         return torch.arange(tokens_BS.shape[1], device=tokens_BS.device) <= self.ends(tokens_BS)[:, None]
 
-    def encode(self, prompts: Sequence[str | Reading], chunks: int = 1) -> Condition:
+    def encode(
+        self,
+        prompts: Sequence[str | Reading],
+        chunks: int = 1,
+        weighting: str = EMBEDDING,
+        mask_padding: bool = False,
+    ) -> Condition:
         """Prompts -> their condition, one row each, all as long as the longest and at least of so many chunks: empty
-        ones follow a shorter prompt. The vector is the pooled one, where the model has it: of the first chunk. Seen are
-        the tokens up to each chunk's end, of chunks that follow a shorter prompt none.
+        ones follow a shorter prompt. The vector is the pooled one, where the model has it: of the first chunk.
+        mask_padding: hidden are the tokens after each chunk's end, of chunks that follow a shorter prompt all.
 
-        A token of weight w has its states moved from those of an empty chunk by w times the way to its own: 0 is as if
-        nothing stood there, 1 changes nothing, to the bit.
+        A token of weight w, where weighting is "embedding", has its states moved from those of an empty chunk by w
+        times the way to its own: 0 is as if nothing stood there, 1 changes nothing, to the bit. Where it is
+        "attention", its states stay and w is its weight in `Condition`: 0 hides it.
         """
         readings = [self.read(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
         count = max(chunks, *(len(reading.chunks) for reading in readings))
         rows = [chunk for reading in readings for chunk in reading.chunks + (EMPTY,) * (count - len(reading.chunks))]
         tokens = torch.tensor([self.tokenizer.framed(row.ids, self.window) for row in [*rows, EMPTY]])
-        tokens = tokens.to(self.model.final_layer_norm.weight.device)
-        states_BSE, pooled_BP = self.states(tokens)
+        states_BSE, pooled_BP = self.states(tokens.to(self.model.final_layer_norm.weight.device))
         states_BSE, empty_SE = states_BSE[:-1], states_BSE[-1]
-        framed = [[1.0, *row.weights] + [1.0] * (self.window - 1 - len(row.weights)) for row in rows]
-        states_BSE = torch.lerp(empty_SE, states_BSE, torch.tensor(framed).to(states_BSE)[:, :, None])
-        context_BSE = states_BSE.unflatten(0, (-1, count)).flatten(1, 2)
-        written = torch.tensor([[i < len(reading.chunks)] for reading in readings for i in range(count)])
-        seen_BS = (self.seen(tokens[:-1]) & written.to(tokens.device)).unflatten(0, (-1, count)).flatten(1)
-        return Condition(context_BSE, None if pooled_BP is None else pooled_BP[:-1:count], seen_BS)
+        said_BS = torch.tensor([[1.0, *row.weights] + [1.0] * (self.window - 1 - len(row.weights)) for row in rows])
+        weight_BS = said_BS if weighting == ATTENTION else torch.ones_like(said_BS)
+        if weighting == EMBEDDING:
+            states_BSE = torch.lerp(empty_SE, states_BSE, said_BS.to(states_BSE)[:, :, None])
+        if mask_padding:
+            written = torch.tensor([[i < len(reading.chunks)] for reading in readings for i in range(count)])
+            weight_BS = weight_BS * (self.seen(tokens[:-1]) & written)
+        context_BSE, weight_BS = (each.unflatten(0, (-1, count)).flatten(1, 2) for each in (states_BSE, weight_BS))
+        plain = bool((weight_BS == 1).all())
+        return Condition(
+            context_BSE,
+            None if pooled_BP is None else pooled_BP[:-1:count],
+            None if plain else weight_BS.to(context_BSE.device),
+        )
 
 
 Readings = tuple[Reading, ...]  # of one prompt, by each text encoder
 
 
-def encode(encoders: Sequence[TextEncoder], prompts: Sequence[Readings], chunks: int = 1) -> Condition:
+def encode(
+    encoders: Sequence[TextEncoder],
+    prompts: Sequence[Readings],
+    chunks: int = 1,
+    weighting: str = EMBEDDING,
+    mask_padding: bool = False,
+) -> Condition:
     """As `TextEncoder.encode`, with the states of several encoders side by side along E, the last one's vector, and
-    what the first one has seen."""
+    the first one's weights."""
     chunks = max(chunks, *(len(reading.chunks) for readings in prompts for reading in readings))
     each = [
-        encoder.encode(readings, chunks) for encoder, readings in zip(encoders, zip(*prompts, strict=True), strict=True)
+        encoder.encode(readings, chunks, weighting, mask_padding)
+        for encoder, readings in zip(encoders, zip(*prompts, strict=True), strict=True)
     ]
-    return Condition(torch.cat([one.context_BSE for one in each], dim=-1), each[-1].vector_BV, each[0].seen_BS)
+    return Condition(torch.cat([one.context_BSE for one in each], dim=-1), each[-1].vector_BV, each[0].weight_BS)

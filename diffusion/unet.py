@@ -18,17 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import KeysValues, SpatialTransformer, TransformerBlock, same_rows
+from .attention import KeysValues, MakeAttention, SpatialTransformer, TransformerBlock, same_rows
 from .config import Config
 from .errors import GazeError
 from .files import load_strictly, read_json, read_weights, write_part
+from .scores import KINDS
 
 PerLevel = int | tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class UNetConfig(Config):
-    """The options of diffusers' `unet/config.json` that are read; `FIXED` and `IGNORED` are the others."""
+    """The options of diffusers' `unet/config.json` that are read; `FIXED` and `IGNORED` are the others.
+
+    Three things are ours alone: cross_attention_score, a cross_attention_dim of None (no attention to the text) and
+    the addition_embed_type "pooled". diffusers cannot open a model that has one of them.
+    """
 
     sample_size: int | tuple[int, int] | None = None  # latent size the model was trained at; the U-Net takes any
     in_channels: int = 4
@@ -39,15 +44,18 @@ class UNetConfig(Config):
     layers_per_block: PerLevel = 2
     transformer_layers_per_block: PerLevel = 1
     attention_head_dim: PerLevel = 8  # despite its name the NUMBER of heads
-    cross_attention_dim: int = 1280
+    cross_attention_dim: int | None = 1280  # None: no cross-attention
+    cross_attention_score: str = "dot"  # a key of KINDS
     norm_num_groups: int = 32
     use_linear_projection: bool = False
-    addition_embed_type: str | None = None  # "text_time": a vector is added to the time embedding (SDXL)
+    # A vector added to the time embedding. "text_time": pooled text and size numbers (SDXL); "pooled": the text alone
+    addition_embed_type: str | None = None
     addition_time_embed_dim: int | None = None  # width of each embedded size number inside that vector
     projection_class_embeddings_input_dim: int | None = None  # V, width of that vector
 
     NAME: ClassVar[str] = "U-Net config"
     KIND: ClassVar[tuple[str, str]] = ("_class_name", "UNet2DConditionModel")
+    OWN: ClassVar[tuple[str, ...]] = ("cross_attention_score",)
     FIXED: ClassVar[dict[str, Any]] = {
         "center_input_sample": False,
         "flip_sin_to_cos": True,
@@ -87,9 +95,9 @@ class UNetConfig(Config):
     }
 
     def __post_init__(self) -> None:
-        self.check_positive(
-            "block_out_channels", "in_channels", "out_channels", "cross_attention_dim", "norm_num_groups"
-        )
+        self.check_positive("block_out_channels", "in_channels", "out_channels", "norm_num_groups")
+        if self.cross_attention_dim is not None:
+            self.check_positive("cross_attention_dim")
         levels, groups = len(self.block_out_channels), self.norm_num_groups
         for option, known in (
             ("down_block_types", {"DownBlock2D", "CrossAttnDownBlock2D"}),
@@ -110,10 +118,28 @@ class UNetConfig(Config):
         shares = zip(attends, self.block_out_channels, self.per_level("attention_head_dim"), strict=True)
         divides = all(channels % heads == 0 for attending, channels, heads in shares if attending)
         self.check(divides, "attention_head_dim", "this is the number of heads and must divide block_out_channels")
-        self.check(self.addition_embed_type in (None, "text_time"), "addition_embed_type", "only text_time is known")
-        width = self.projection_class_embeddings_input_dim
-        width_known = self.addition_embed_type is None or (width is not None and width > 0)
-        self.check(width_known, "projection_class_embeddings_input_dim", "text_time needs the width of its vector")
+        score = self.cross_attention_score
+        self.check(score in KINDS, "cross_attention_score", f"those known are {', '.join(KINDS)}")
+        spare = self.cross_attention_dim is None and score != "dot"
+        self.check(not spare, "cross_attention_score", "cross_attention_dim is None: nothing is scored")
+        kind, width = self.addition_embed_type, self.projection_class_embeddings_input_dim
+        kind_known = kind in (None, "text_time", "pooled")
+        self.check(kind_known, "addition_embed_type", "only text_time is known, and pooled, which is ours")
+        width_known = kind is None or (width is not None and width > 0)
+        self.check(width_known, "projection_class_embeddings_input_dim", f"{kind} needs the width of its vector")
+        sized = kind == "pooled" and self.addition_time_embed_dim is not None
+        self.check(not sized, "addition_time_embed_dim", "addition_embed_type pooled has no size numbers")
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether what it predicts depends on the text."""
+        return self.cross_attention_dim is not None or self.addition_embed_type is not None
+
+    @property
+    def is_diffusers(self) -> bool:
+        """Whether diffusers knows all of it."""
+        own = self.cross_attention_score != "dot" or self.addition_embed_type == "pooled"
+        return not own and self.cross_attention_dim is not None
 
     def per_level(self, option: str) -> tuple[int, ...]:
         """The option's value for each level of the way down, where one number stands for all levels."""
@@ -204,13 +230,16 @@ class UNet(nn.Module):
         time_width = 4 * channels[0]
         heads, depths = config.per_level("attention_head_dim"), config.per_level("transformer_layers_per_block")
         layers = config.per_level("layers_per_block")
+        cross: MakeAttention | None = None
+        if config.cross_attention_dim is not None:
+            cross = partial(KINDS[config.cross_attention_score], source_channels=config.cross_attention_dim)
 
         def level(i: int, in_channels: list[int], attentions: int) -> Level:
             transformer = partial(
                 SpatialTransformer,
                 channels[i],
                 heads[i],
-                context_dim=config.cross_attention_dim,
+                cross=cross,
                 depth=depths[i],
                 groups=config.norm_num_groups,
                 linear=config.use_linear_projection,
@@ -280,29 +309,31 @@ class UNet(nn.Module):
         active = F.silu(embedding)
         return [block.time_emb_proj(active) for block in self.in_order(ResidualBlock)]
 
-    def vector(self, pooled_BP: Tensor, sizes: Sequence[int] | Tensor) -> Tensor:
-        """vector_BV: the pooled text, then the sinusoids of six numbers, of each row (a tensor B6) or of all: height
-        and width of the original picture, top and left of the crop, height and width wanted (Podell et al. 2023,
-        section 2.2)."""
+    def vector(self, pooled_BP: Tensor | None, sizes: Sequence[int] | Tensor) -> Tensor | None:
+        """vector_BV, or None for a model without one: the pooled text; with text_time then the sinusoids of six
+        numbers, of each row (a tensor B6) or of all: height and width of the original picture, top and left of the
+        crop, height and width wanted (Podell et al. 2023, section 2.2)."""
+        if pooled_BP is None or self.config.addition_embed_type != "text_time":
+            return pooled_BP if self.config.addition_embed_type == "pooled" else None
         width = self.config.addition_time_embed_dim or 0
         sizes_B6 = torch.as_tensor(sizes, device=pooled_BP.device).expand(len(pooled_BP), -1)
         embedded = sinusoid(sizes_B6.flatten(), width).unflatten(0, sizes_B6.shape).flatten(1)
         return torch.cat([pooled_BP, embedded.to(pooled_BP.dtype)], dim=1)
 
-    def project_context(self, context_BSE: Tensor, seen_BS: Tensor | None = None) -> list[KeysValues]:
-        """The text's k_BLSD and v_BLSD of every cross-attention. seen_BS: False for tokens that it shall not see;
-        one of each row at least it has to."""
-        bias: tuple[Tensor, ...] = ()
-        if seen_BS is not None:
-            bias = (torch.zeros_like(seen_BS, dtype=context_BSE.dtype).masked_fill(~seen_BS, -math.inf)[:, None, None],)
-        return [(*block.attn2.keys_values(context_BSE), *bias) for block in self.in_order(TransformerBlock)]
+    def project_context(self, context_BSE: Tensor, weight_BS: Tensor | None = None) -> list[KeysValues]:
+        """The text's k_BLSD and v_BLSD for every transformer block, nothing for one without cross-attention. weight_BS:
+        see `Condition`; a token of share p gets w p / sum(w p), because log(w) is added to its scores. One of each row
+        at least must not be hidden."""
+        bias = () if weight_BS is None else (weight_BS.float().log().to(context_BSE.dtype)[:, None, None],)
+        layers = [block.attn2 for block in self.in_order(TransformerBlock)]
+        return [() if layer is None else (*layer.keys_values(context_BSE), *bias) for layer in layers]
 
     def denoise(self, x_BCHW: Tensor, shifts: Sequence[Tensor], texts: Sequence[KeysValues]) -> Tensor:
         """`forward` after `embed_time` and `project_context`.
 
         The texts may have a multiple of x's rows (negative prompts first, then positive): what comes before the first
-        cross-attention is then computed once on x's rows, and the result has the texts' rows. The shifts have x's rows,
-        or one for all.
+        cross-attention is then computed once on x's rows, and the result has the texts' rows; without one it has x's.
+        The shifts have x's rows, or one for all.
         """
         shift, text = iter(shifts), iter(texts)
         x = self.conv_in(x_BCHW)
@@ -333,11 +364,11 @@ class UNet(nn.Module):
         timestep: Tensor | float,
         context_BSE: Tensor,
         vector_BV: Tensor | None = None,
-        seen_BS: Tensor | None = None,
+        weight_BS: Tensor | None = None,
     ) -> Tensor:
-        """timestep: of shape [B], or one number for all; fractions allowed. vector_BV: SDXL's pooled text and sizes.
-        seen_BS: see `project_context`."""
-        return self.denoise(x_BCHW, self.embed_time(timestep, vector_BV), self.project_context(context_BSE, seen_BS))
+        """timestep: of shape [B], or one number for all; fractions allowed. vector_BV: see `vector`.
+        weight_BS: see `project_context`."""
+        return self.denoise(x_BCHW, self.embed_time(timestep, vector_BV), self.project_context(context_BSE, weight_BS))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype = torch.float32) -> UNet:

@@ -29,6 +29,10 @@ class Words(NamedTuple):
             raise GazeError(f"{word!r} is not a word of this prompt, {has}", nearest(word, said or self.names))
         return found
 
+    def tokens(self, *numbers: int) -> list[int]:
+        """The places of the tokens that belong to names of these numbers."""
+        return [place for place, number in enumerate(self.of_S) if number in numbers]
+
 
 def words_of(reading: Reading, window: int, chunks: int = 1) -> Words:
     """The words of a prompt as `TextEncoder.encode` lays its tokens out: in chunks of a window, at least `chunks` of

@@ -57,6 +57,7 @@ AXES: dict[str, Callable[[str], Settings]] = {
     "spacing": _one("spacing"),
     "strength": _one("strength", float),
     "steps": _one("num_inference_steps", int),
+    "weighting": _one("weighting"),
 }
 KINDS = {"apg": "on or off", "cfg": "a number", "guidance-rescale": "a number from 0 to 1", "strength": "a number"}
 KINDS |= dict.fromkeys(("seed", "steps"), "a whole number")

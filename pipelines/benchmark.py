@@ -81,6 +81,8 @@ def compare(
     if Path(folder).is_file():
         raise GazeError(f"{folder} is a single file, and the comparison opens folders", f"gaze convert {folder} FOLDER")
     gaze = TextToImage.from_pretrained(folder)
+    if not gaze.model.unet.config.is_diffusers:
+        raise GazeError(f"{folder} has a U-Net that diffusers does not know", "another model; docs/kinds.md tells why")
     request = Request(
         prompt,
         num_inference_steps=num_inference_steps,

@@ -48,7 +48,8 @@ def whole(name: str, value: Any, least: int, most: int = 2**63) -> int:
 
 def number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise GazeError(f"{name} is {value!r}", "a number; guidance_scale 1 turns guidance off")
+        off = "; guidance_scale 1 turns guidance off" if name == "guidance_scale" else ""
+        raise GazeError(f"{name} is {value!r}", f"a number{off}")
     return float(value)
 
 

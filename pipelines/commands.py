@@ -115,8 +115,8 @@ def grid(
     debug: Debug = False,
 ) -> None:
     """Draw one prompt under varying settings, as a sheet with labelled axes. Axes: steps, cfg, seed, scheduler,
-    spacing, negative-prompt, size, guidance-rescale, guidance-interval, apg, strength, prompt, and replace=WORD,OTHER
-    in the prompt. Values with commas: separate by ; instead, or quote them."""
+    spacing, negative-prompt, size, guidance-rescale, guidance-interval, apg, weighting, strength, prompt, and
+    replace=WORD,OTHER in the prompt. Values with commas: separate by ; instead, or quote them."""
     from .axes import cells, describe, read_axis
     from .files import check_writable, png_path
     from .png import save_png

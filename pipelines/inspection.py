@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffusion.attention import SpatialTransformer, TransformerBlock
+from diffusion.attention import Attention, SpatialTransformer
 from diffusion.autoencoder import Autoencoder
 from diffusion.convert import read_structure
 from diffusion.errors import GazeError
@@ -64,7 +64,8 @@ def inspect(
         "unet_channels": list(structure.unet.block_out_channels),
         "in_channels": structure.unet.in_channels,
         "latent_channels": structure.vae.latent_channels,
-        "text_width": structure.unet.cross_attention_dim,
+        "text_width": sum(text.hidden_size for text in structure.texts.values()),
+        "cross_attention": None if structure.unet.cross_attention_dim is None else structure.unet.cross_attention_score,
         "tokens": tokens,
         "parameters": parameters | {"total": total},
         "height": height,
@@ -92,8 +93,8 @@ def _levels(unet: UNet, height: int, width: int) -> list[tuple[Any, int, int]]:
 def unet_flops(unet: UNet, height: int, width: int, tokens: int) -> int:
     """Floating-point operations of one forward for one row: latents of height x width, a text of so many tokens.
 
-    Those of matrix products and convolutions: every weight is used once for each place that it is applied to, and
-    attention of N places to S costs 4 * N * S * C (Vaswani et al. 2017, eq. 1).
+    Those of matrix products and convolutions: every weight is used once for each place that it is applied to, beside
+    `Attention.flops`.
     """
     weights = 0  # multiplications
     for layer, places in ((unet.conv_in, height * width), (unet.conv_out, height * width), (unet.time_embedding, 1)):
@@ -107,8 +108,8 @@ def unet_flops(unet: UNet, height: int, width: int, tokens: int) -> int:
                 of_text = name.endswith(("attn2.to_k", "attn2.to_v"))
                 places = 1 if name.endswith("time_emb_proj") else tokens if of_text else after if resamples else pixels
                 weights += places * module.weight.numel()
-            if isinstance(module, TransformerBlock):
-                attention += 4 * pixels * (pixels + tokens) * module.attn1.to_q.out_features
+            if isinstance(module, Attention):
+                attention += module.flops(pixels, tokens if name.endswith("attn2") else pixels)
     return 2 * weights + attention
 
 
@@ -165,7 +166,8 @@ def table(report: dict[str, Any]) -> str:
         (
             "structure",
             f"{report['pipeline']}, U-Net {'-'.join(map(str, report['unet_channels']))} channels, "
-            f"{report['in_channels']} in, text {report['tokens']} x {report['text_width']}",
+            f"{report['in_channels']} in, text {report['tokens']} x {report['text_width']}, "
+            f"cross-attention: {report['cross_attention'] or 'none'}",
         ),
         ("prediction", report["prediction_type"]),
         *((part, f"{count:,} parameters") for part, count in parameters.items()),

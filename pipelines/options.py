@@ -106,6 +106,14 @@ class PictureOptions:
     mask_image: Annotated[
         str | None, typer.Option("--mask", metavar="FILE", help="Of its size: only what is white is painted anew.")
     ] = None
+    weighting: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="What (word:1.5) acts on: embedding or attention. [default: embedding]"),
+    ] = None
+    excite: Annotated[
+        list[str] | None,
+        typer.Option(metavar="WORD", help="A word of the prompt that must be seen; several add up. Takes longer."),
+    ] = None
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="A LoRA; several add up. [default weight: 1]")
     ] = None
@@ -128,6 +136,7 @@ class PictureOptions:
         settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "like"}
         settings["width"], settings["height"] = size_of(settings.pop("size"))
         settings["guidance_interval"] = interval_of(self.guidance_interval)
+        settings["excite"] = self.excite or None
         settings["lora"] = [lora_of(text) for text in self.lora or []] or None
         given = {name: value for name, value in settings.items() if value is not None}
         if self.like is None:

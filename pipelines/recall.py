@@ -30,6 +30,8 @@ TYPES: dict[str, type | tuple[type, ...]] = {
     "image": str,
     "strength": NUMBER,
     "mask_image": str,
+    "weighting": str,
+    "excite": list,
     "lora": list,
     "original_size": list,
     "crops_coords_top_left": list,

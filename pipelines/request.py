@@ -15,12 +15,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from diffusion.errors import GazeError
+from diffusion.errors import GazeError, nearest
 from diffusion.guidance import Guidance
 from diffusion.pretrained import Model
 from diffusion.samplers import Trajectory
 from diffusion.schedulers import prepare
-from diffusion.text import Readings
+from diffusion.text import EMBEDDING, WEIGHTINGS, Readings
+from diffusion.words import words_of
 
 from .canvas import Canvas, canvas
 from .checks import MOST, first, interval, number, picture_size, texts, two, whole
@@ -43,6 +44,9 @@ class Request:
     image: a picture, or its file, to start from. strength: how far to leave it, above 0 up to 1; 0.8, with a mask 1.
     mask_image: of the image's size; it is painted anew where this is white.
     guidance_rescale, guidance_interval, projected_guidance: as in `Guidance`; an end of the interval may be None.
+    weighting: what weights in a prompt act on: "embedding" moves the word's states, "attention" its shares, see
+        `TextEncoder.encode`.
+    excite: words that no prompt may forget, see `excite.excited`; each has to be in every prompt.
     lora: what must be loaded, as in `Result.settings`; None: whatever is.
     original_size, crops_coords_top_left, target_size: what SDXL is told, pixels, height (top) first; by default the
         picture's size and (0, 0).
@@ -69,6 +73,8 @@ class Request:
     guidance_rescale: float = 0.0
     guidance_interval: Sequence[float | None] | None = None
     projected_guidance: bool = False
+    weighting: str = EMBEDDING
+    excite: Sequence[str] | None = None
     lora: Sequence[dict[str, Any]] | None = None
     original_size: Sequence[int] | None = None
     crops_coords_top_left: Sequence[int] | None = None
@@ -96,6 +102,8 @@ class Plan:
     readings: dict[str, Readings]
     trajectory: Trajectory
     guidance: Guidance
+    weighting: str
+    excite: list[str]
     height: int
     width: int
     start_BCHW: Tensor | None
@@ -105,6 +113,16 @@ class Plan:
     maps: Wanted | None
     dropped: list[str]
     noted: dict[str, Any]
+
+    @property
+    def chunks(self) -> list[int]:
+        """Of each picture, the chunks that its prompt and, under guidance, its negative prompt take."""
+
+        def count(prompt: str | None) -> int:
+            return 1 if prompt is None else max(len(reading.chunks) for reading in self.readings[prompt])
+
+        negatives = self.negative_prompts if self.guidance.scale != 1 else [None] * len(self.prompts)
+        return [max(count(p), count(n)) for p, n in zip(self.prompts, negatives, strict=True)]
 
     def settings(self) -> list[dict[str, Any]]:
         pictures = zip(self.prompts, self.negative_prompts, self.seeds, strict=True)
@@ -153,8 +171,15 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
         )
     if request.lora is not None and [*request.lora] != [*loras]:
         raise GazeError(f"the lora asked for is {request.lora}, loaded is {loras}", "unload_lora, load_lora")
+    if request.weighting not in WEIGHTINGS:
+        raise GazeError(f"unknown weighting {request.weighting!r:.100}", nearest(str(request.weighting), WEIGHTINGS))
+    excite = [] if request.excite in (None, [], ()) else texts("excite", request.excite)
     guided = [negative for negative in negatives if negative is not None] if guidance.scale != 1 else []
     readings = {prompt: model.read(prompt) for prompt in dict.fromkeys([*prompts, *guided])}
+    for prompt in prompts:
+        words = words_of(readings[prompt][0], model.text.window)
+        for word in excite:
+            words.numbers(word)
     ends = [next((reading.dropped for reading in each if reading.dropped), "") for each in readings.values()]
     sizes, told = _sizes(model, request, height, width)
     begin = 0 if picture is None else trajectory.begin(picture.strength)
@@ -165,6 +190,8 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
         readings=readings,
         trajectory=trajectory,
         guidance=guidance,
+        weighting=request.weighting,
+        excite=excite,
         height=height,
         width=width,
         start_BCHW=request.latents,
@@ -175,6 +202,8 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
         dropped=[end for end in ends if end],
         noted=_noted(trajectory, guidance, height, width)
         | ({} if picture is None else picture.noted)
+        | ({} if request.weighting == EMBEDDING else {"weighting": request.weighting})
+        | ({"excite": excite} if excite else {})
         | ({"lora": [*loras]} if loras else {})
         | told,
     )

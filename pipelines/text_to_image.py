@@ -19,11 +19,13 @@ from torch import Tensor
 
 from diffusion.condition import Condition
 from diffusion.denoiser import Denoiser
+from diffusion.excite import excited
 from diffusion.lora import add_lora
 from diffusion.packed import pack
 from diffusion.placement import check_dtype, visiting
 from diffusion.pretrained import Model, load_model
 from diffusion.samplers import Denoise, PictureNoise, Step
+from diffusion.words import words_of
 
 from .canvas import Start, start
 from .images import to_pil
@@ -213,10 +215,7 @@ class TextToImage:
         begin = self._start(plan, noise)
         recording = None if plan.maps is None else Recording(plan, plan.maps, self.model.text.window)
         around = around if recording is None else recording.around(around)
-        with ExitStack() as stack:
-            for text in self.model.texts.values():
-                stack.enter_context(visiting(text.model, self.device))
-            denoise = begin.around(self._denoiser(plan, begin.beside_BCHW, around))
+        denoise = begin.around(self.denoiser(plan, begin.beside_BCHW, around))
         sigmas = plan.trajectory.sigmas[plan.first :]
         total = len(sigmas) - 1
         for index, step in enumerate(plan.trajectory.run(denoise, begin.x_BCHW, noise=noise, sigmas=sigmas), start=1):
@@ -238,19 +237,12 @@ class TextToImage:
             return Start(first_noise() * trajectory.start, sigma)
         return start(plan.canvas, encode, first_noise, sigma, trajectory.start, self.model.inpaints)
 
-    def _denoiser(self, plan: Plan, beside_BCHW: Tensor | None, around: Around | None) -> Denoise:
-        """The denoiser of all pictures. Prompts of as many chunks share calls of the U-Net; a picture is then the same
-        whatever else is made with it."""
+    @torch.inference_mode()
+    def denoiser(self, plan: Plan, beside_BCHW: Tensor | None = None, around: Around | None = None) -> Denoise:
+        """The denoiser of all pictures of a plan. Prompts of as many chunks share calls of the U-Net; a picture is then
+        the same whatever else is made with it. beside_BCHW: see `Denoiser`; around: see `run`."""
         parts: list[tuple[list[int], Denoise]] = []
-        guided = plan.guidance.scale != 1
-
-        def chunks(prompt: str | None) -> int:
-            return 1 if prompt is None else max(len(reading.chunks) for reading in plan.readings[prompt])
-
-        lengths = [
-            max(chunks(prompt), chunks(negative) if guided else 1)
-            for prompt, negative in zip(plan.prompts, plan.negative_prompts, strict=True)
-        ]
+        guided, lengths = plan.guidance.scale != 1, plan.chunks
         model, sigmas = self.model, plan.trajectory.sigmas[plan.first :]
         for length in sorted(set(lengths)):
             rows = [row for row, own in enumerate(lengths) if own == length]
@@ -258,7 +250,8 @@ class TextToImage:
             empty = self._encode(plan, [plan.negative_prompts[row] for row in rows], length) if guided else None
             beside = None if beside_BCHW is None else beside_BCHW[rows]
             denoiser = Denoiser(model.unet, model.schedule, condition, empty, plan.guidance, sigmas, beside)
-            parts.append((rows, denoiser if around is None else around(denoiser, rows)))
+            alone = denoiser if around is None else around(denoiser, rows)
+            parts.append((rows, self._excited(plan, rows, length, denoiser, alone) if plan.excite else alone))
         if len(parts) == 1:
             return parts[0][1]
 
@@ -270,9 +263,20 @@ class TextToImage:
 
         return denoise
 
+    def _excited(self, plan: Plan, rows: list[int], chunks: int, denoiser: Denoiser, denoise: Denoise) -> Denoise:
+        """In the first half of the steps `denoise` with its pictures moved, see `excite.excited`."""
+        sigmas, tokens = plan.trajectory.sigmas[plan.first :], []
+        for row in rows:
+            words = words_of(plan.readings[plan.prompts[row]][0], self.model.text.window, chunks)
+            tokens.append([words.tokens(*words.numbers(word)) for word in plan.excite])
+        return excited(denoise, denoiser, tokens, sigmas[len(sigmas) // 2].item())
+
     def _encode(self, plan: Plan, prompts: Sequence[str | None], chunks: int) -> Condition:
         """One row per prompt; a prompt that occurs again is encoded once. None is a row of zeros."""
         distinct = list(dict.fromkeys(prompts))
         readings = [None if prompt is None else plan.readings[prompt] for prompt in distinct]
-        condition = self.model.encode(readings, plan.sizes, chunks)
+        with ExitStack() as stack:
+            for text in self.model.texts.values():
+                stack.enter_context(visiting(text.model, self.device))
+            condition = self.model.encode(readings, plan.sizes, chunks, plan.weighting)
         return condition.pick([distinct.index(prompt) for prompt in prompts])

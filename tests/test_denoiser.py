@@ -22,7 +22,7 @@ class LinearNet:
     def __init__(self):
         self.rows, self.projections, self.embeddings = [], 0, []
 
-    def project_context(self, context_BSE, seen_BS=None):
+    def project_context(self, context_BSE, weight_BS=None):
         self.projections += 1
         return context_BSE.mean(dim=(1, 2))[:, None, None, None]
 

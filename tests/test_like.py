@@ -38,6 +38,8 @@ ASKED = {
     "diffusers_noise": ["cat", "--scheduler", "ddpm", "--size", "48x32"],
     "rescale": ["cat", "--guidance-rescale", "0.7", "--cfg", "9.25"],
     "interval": ["cat", "--guidance-interval", "0.3:", "--cfg", "3"],
+    "weighting": ["a (red:1.5) cat", "--weighting", "attention"],
+    "excite": ["a red cat", "--excite", "cat", "--excite", "red"],
     "apg": ["cat", "--apg", "--prediction-type", "v_prediction"],
     "bfloat16": ["cat", "--dtype", "bfloat16", "--offload"],
     "tiles": ["cat", "--size", "64x48", "--tile", "32"],

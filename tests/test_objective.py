@@ -157,9 +157,11 @@ def test_join_and_expand():
     assert both.context_BSE[:, 0, 0].tolist() == [1, 1, 0, 0]
     assert both.vector_BV[:, 0].tolist() == [1, 1, 0, 0]
     assert join([Condition(one.context_BSE)]).vector_BV is None
-    seen = Condition(one.context_BSE, seen_BS=torch.tensor([[True, True, False]]))
-    assert join([seen.expand(2), seen]).pick([2, 0]).seen_BS.tolist() == [[True, True, False]] * 2
-    assert both.seen_BS is None
+    seen = Condition(one.context_BSE, weight_BS=torch.tensor([[True, True, False]]))
+    assert join([seen.expand(2), seen]).pick([2, 0]).weight_BS.tolist() == [[True, True, False]] * 2
+    assert both.weight_BS is None
+    weighed = Condition(one.context_BSE, weight_BS=torch.tensor([[1.0, 0.5, 0.0]]))
+    assert join([Condition(one.context_BSE), weighed]).weight_BS.tolist() == [[1, 1, 1], [1, 0.5, 0]]
     blanked = blank(both, torch.tensor([True, False, False, False]))
     assert blanked.context_BSE[:, 0, 0].tolist() == [0, 1, 0, 0]
     assert blanked.vector_BV[:, 0].tolist() == [0, 1, 0, 0]

@@ -24,7 +24,7 @@ SMALL = UNetConfig(
 WITH_VECTOR = dataclasses.replace(
     SMALL, addition_embed_type="text_time", addition_time_embed_dim=4, projection_class_embeddings_input_dim=10
 )
-READ = {field.name: field.default for field in dataclasses.fields(UNetConfig)}
+READ = {field.name: field.default for field in dataclasses.fields(UNetConfig) if field.name not in UNetConfig.OWN}
 OPTIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()

@@ -136,8 +136,8 @@ class _Pictures(Dataset[Tensor]):
 
 
 class States(NamedTuple):
-    """What a U-Net reads of captions. pooled_BP: SDXL's vector, else None. length_B: tokens of each caption with start
-    and end, after which there is padding."""
+    """What a U-Net may read of captions, as `told.read` gives it. length_B: tokens of each caption with start and end,
+    after which there is padding."""
 
     context_BSE: Tensor
     pooled_BP: Tensor | None
@@ -157,12 +157,13 @@ class TextStates:
             text.model.to(self.device)
         self.store: Store | None = None
         if recipe.data.cache_text:
+            # "pooled": older stores of some models are without it.
             weights = {f"{n}.{name}": v for n, text in enumerate(texts) for name, v in text.model.state_dict().items()}
             options = [
                 (tokenizer_fingerprint(text.tokenizer), text.tokenizer.pad, text.window, text.penultimate,
                  text.model.config.to_diffusers()) for text in texts
             ]  # fmt: skip
-            self.store = Store(_folder(recipe) / f"text-{fingerprint(weights, options)}", processes)
+            self.store = Store(_folder(recipe) / f"text-{fingerprint(weights, options, 'pooled')}", processes)
             distinct = sorted({"", *captions})
 
             def make(numbers: Sequence[int]) -> Iterator[Item]:

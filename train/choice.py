@@ -100,7 +100,9 @@ def frozen(model: Model) -> dict[str, Tensor]:
 
 def _unread(model: Model) -> tuple[str, ...]:
     """How the names of parameters begin that no picture depends on: SDXL reads its first text encoder before the last
-    layer, and not its pooled vector."""
+    layer, and not its pooled vector; some U-Nets read no text."""
+    if not model.unet.config.reads_text:
+        return tuple(f"{part}." for part in [*networks(model)][1:])
     begins: list[str] = []
     for (part, _), text in zip([*networks(model).items()][1:], model.texts.values(), strict=True):
         if text.penultimate and text.model.text_projection is None:

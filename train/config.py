@@ -98,7 +98,8 @@ class Model(Section):
     autoencoder: dict[str, Any] = {}  # diffusers' AutoencoderKL config, trained in the autoencoder phase
     autoencoder_from: Path | None = None  # vae/ folder for the later phases; None = the shipped model's
     text_from: Path | None = None  # folder of the text phase, to begin from; `text` then does not apply
-    unet: dict[str, Any] = {}  # diffusers' UNet2DConditionModel config; latent and text sizes are filled in
+    # diffusers' UNet2DConditionModel config, and what docs/kinds.md adds; latent and text sizes are filled in
+    unet: dict[str, Any] = {}
     text: Text = Text()
     mask_padding: bool = False  # hide the tokens past a prompt's end from the U-Net
     scheduler: dict[str, Any] = {}  # diffusers' scheduler_config.json: what is predicted, and at which noise levels

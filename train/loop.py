@@ -58,7 +58,13 @@ def train(recipe: Recipe) -> Path:
         run = prepare(recipe, accelerator, processes)
         with open_metrics(run) as metrics, StopSignal() as stop:
             lap = metrics.watch.lap
-            while run.seen < recipe.pictures:
+            look = partial(validate, recipe, run.phase, run.held_out, run.averages, processes, metrics,
+                           stopping=lambda: processes.any(stop.received))  # fmt: skip
+            stopping = False
+            if run.owes:
+                look(run.seen)
+                run.owes = processes.any(stop.received)
+            while run.seen < recipe.pictures and not stopping:
                 company.at(run.seen, run.seen // recipe.batch_size)
                 rate = run.set_rate()
                 losses = [backward(accelerator, run, lap) for _ in range(recipe.gradient_accumulation_steps)]
@@ -88,23 +94,25 @@ def train(recipe: Recipe) -> Path:
                 if due(recipe.ema.snapshots_every):
                     run.snapshot()
                 lap("trainer")
-                if due(recipe.validation.every) and not stopping:
-                    validate(recipe, run.phase, run.held_out, run.averages, processes, metrics, run.seen,
-                             stopping=lambda: processes.any(stop.received))  # fmt: skip
-                    stopping = processes.any(stop.received)
+                if due(recipe.validation.every):
+                    if not stopping:
+                        look(run.seen)
+                        stopping = processes.any(stop.received)
+                    run.owes = stopping
                     lap("validation")
                 if due(recipe.checkpoint_every) or stopping:
                     run.save(last=stopping or run.seen >= recipe.pictures)
                     lap("checkpoint")
-                if stopping and run.seen < recipe.pictures:
-                    raise Stopped(run.seen)
-        if processes.first:
+        seen = run.seen
+        if seen >= recipe.pictures and processes.first:
             export(recipe, source=run.source)
             if wrong := compare(recipe, metrics.measured(), processes.count):
                 print(wrong, file=sys.stderr)
         processes.wait()
     del run
     leave(accelerator)
+    if seen < recipe.pictures:
+        raise Stopped(seen)
     return recipe.out / "model"
 
 

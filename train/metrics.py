@@ -66,6 +66,7 @@ class Metrics:
         self.trackers = trackers
         self.watch = Stopwatch()
         self.last_pictures, self.speed = start, 0.0
+        self.last_cpu = time.process_time()
         self.speeds: list[float] = []  # of each line
         self.bar: Progress | None = None
         if not active:
@@ -131,10 +132,12 @@ class Metrics:
         self.speed = done / stepping
         self.speeds.append(self.speed)
         utilization = self.mfu(self.speed)
+        before, self.last_cpu = self.last_cpu, time.process_time()
         return {
             "pictures_per_second": self.speed,
             **({} if utilization is None else {"mfu": utilization}),
             "peak_memory_gb": peak_memory(self.device) / 1e9,
+            "seconds/cpu_a_picture": (self.last_cpu - before) / done,
             **{f"time/{name}": value / stepping for name, value in seconds.items()},
             **away,
         }

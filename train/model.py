@@ -59,7 +59,7 @@ class Predict(nn.Module):
         """tokens: tokens_BS of each text encoder; or, where these are frozen, states: what `read` makes of them. told:
         what else `tell` says."""
         text = condition(self.unet, read(self.texts, tokens) if states is None else states, **told)
-        return self.unet(x_BCHW, timestep_B, text.context_BSE, text.vector_BV, text.seen_BS)
+        return self.unet(x_BCHW, timestep_B, text.context_BSE, text.vector_BV, text.weight_BS)
 
 
 def make_model(recipe: config.Recipe, captions: Iterable[str]) -> Model:
@@ -99,17 +99,26 @@ def open_model(options: config.Model) -> Model:
 def fresh_model(recipe: config.Recipe, captions: Iterable[str]) -> Model:
     options, autoencoder = recipe.model, open_autoencoder(recipe.model)
     text = make_text_encoder(options, captions)
-    channels = autoencoder.latent_channels
-    sizes = {"sample_size": recipe.data.size // autoencoder.factor, "in_channels": channels, "out_channels": channels}
-    sizes["cross_attention_dim"] = text.width
-    for option, value in sizes.items():
-        if options.unet.get(option, value) != value:
-            own = options.unet[option]
-            raise GazeError(f"model.unet.{option} is {own}, but the other parts make it {value}", "leave it out")
-    unet = UNet(UNetConfig.from_diffusers(sizes | options.unet)).zero_residuals()
+    unet = UNet(fresh_unet(recipe, autoencoder, text.width)).zero_residuals()
     schedule = NoiseSchedule.from_config(overridden(SCHEDULER, options.scheduler))
     sampler = default_name(schedule.config["_class_name"], schedule.config)
     return Model(unet, autoencoder, text, schedule, sampler, suggested(options))
+
+
+def fresh_unet(recipe: config.Recipe, autoencoder: Autoencoder, text_width: int) -> UNetConfig:
+    """recipe.model.unet with the sizes that follow from the other parts. Raises GazeError where it has others."""
+    own, channels = recipe.model.unet, autoencoder.latent_channels
+    sizes = {"sample_size": recipe.data.size // autoencoder.factor, "in_channels": channels, "out_channels": channels}
+    if own.get("cross_attention_dim", text_width) is not None:
+        sizes["cross_attention_dim"] = text_width
+    if own.get("addition_embed_type") == "pooled":
+        sizes["projection_class_embeddings_input_dim"] = text_width
+    for option, value in sizes.items():
+        if own.get(option, value) != value:
+            raise GazeError(
+                f"model.unet.{option} is {own[option]}, but the other parts make it {value}", "leave it out"
+            )
+    return UNetConfig.from_diffusers(sizes | own)
 
 
 def overridden(scheduler: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from .muon import Muon
 from .sharding import parted_like
 
 # Muon's matrices map states to states. Layers that read numbers or tokens, or write the answer, take AdamW's steps
-# (Jordan et al. 2024): their columns or rows are single things, not directions of one space.
-OUTER = {"conv_in", "conv_out", "linear_1", "token_embedding", "position_embedding", "picture"}
+# (Jordan et al. 2024): their columns or rows are single things, not directions of one space. So are the heads of what a
+# score function adds.
+OUTER = {"conv_in", "conv_out", "linear_1", "token_embedding", "position_embedding", "picture", "between", "combine"}
 
 
 def make_optimizer(module: nn.Module, recipe: Optimizer) -> torch.optim.Optimizer:

@@ -73,6 +73,7 @@ class Run:
     batches: Iterator[list[Sample]] = field(default_factory=lambda: iter(()))
     held_out: Samples = ()  # pictures that are never trained on
     seen: int = 0
+    owes: bool = False  # a signal came where the run was to look at itself; made up for when it goes on
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -105,7 +106,7 @@ class Run:
         tensors["optimizer"] = optimizer_tensors(self.optimizer, self.names)
         if self.recipe.ema.snapshots_every:
             tensors["powers"] = self.powers.state_dict()
-        state = self.state | {"interval": self.interval.state_dict()}
+        state = self.state | {"interval": self.interval.state_dict(), "owes": self.owes}
         if self.scaler is not None:
             state["scaler"] = self.scaler.state_dict()
         self.checkpoints.save(self.seen, tensors, state, last)
@@ -210,6 +211,7 @@ def resume(run: Run) -> None:
     load_optimizer_tensors(run.optimizer, run.names, tensors["optimizer"])
     if "interval" in state:  # checkpoints of format 2 began without
         run.interval.load_state_dict(state["interval"])
+    run.owes = state.get("owes", False)  # none wrote it at first
     if run.scaler is not None and "scaler" in state:
         run.scaler.load_state_dict(state["scaler"])
     run.seen = int(found.name)

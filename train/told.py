@@ -34,7 +34,7 @@ def tell(model: Model, samples: Sequence[Any], device: torch.device) -> dict[str
 
 
 def read(texts: Sequence[TextEncoder], tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """tokens_BS of each text encoder -> context_BSE and, where the model has it, the pooled vector BP."""
+    """tokens_BS of each text encoder -> context_BSE and the last one's pooled vector BP."""
     each = [text.states(tokens_BS) for text, tokens_BS in zip(texts, tokens, strict=True)]
     return torch.cat([states_BSE for states_BSE, _ in each], dim=-1), each[-1][1]
 
@@ -46,8 +46,8 @@ def condition(
     blank_B: Tensor | None = None,
     seen_BS: Tensor | None = None,
 ) -> Condition:
-    """What `read` gave, as the U-Net takes it. sizes_B6: see `UNet.vector`. blank_B: rows of zeros. seen_BS: see
-    `UNet.project_context`."""
+    """What `read` gave, as the U-Net takes it. sizes_B6: see `UNet.vector`. blank_B: rows of zeros. seen_BS: the
+    condition's weights, False for what is hidden."""
     text = Condition(*states) if blank_B is None else blank(Condition(*states), blank_B)
-    vector_BV = None if text.vector_BV is None or sizes_B6 is None else unet.vector(text.vector_BV, sizes_B6)
+    vector_BV = unet.vector(text.vector_BV, () if sizes_B6 is None else sizes_B6)
     return Condition(text.context_BSE, vector_BV, seen_BS)

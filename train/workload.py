@@ -30,11 +30,12 @@ from diffusion.files import read_json
 from diffusion.hub import local_path
 from diffusion.recompute import recompute
 from diffusion.single_file import open_single_file
-from diffusion.unet import UNet, UNetConfig
+from diffusion.unet import UNet
 from pipelines.text_to_image import DEFAULT_MODEL
 
 from .choice import choose, text_frozen
 from .config import Recipe
+from .model import fresh_unet
 from .text_phase import _Foretell
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -95,14 +96,16 @@ def _diffusion(recipe: Recipe) -> Workload:
     choose(model, recipe.model)
     frozen = text_frozen(model)
     named = {part.replace("encoder", "model"): text for part, text in texts.items()}
+    width = sum(text.config.hidden_size for text in texts.values())
     vector_width = unet.config.projection_class_embeddings_input_dim
 
     def read(batch: int) -> tuple[Tensor, Tensor | None]:
         if frozen and recipe.data.cache_text:
             window = next(iter(texts.values())).config.max_position_embeddings
-            return torch.randn(batch, window, unet.config.cross_attention_dim), torch.randn(batch, vector_width or 1)
+            return torch.randn(batch, window, width), torch.randn(batch, vector_width or 1)
         if not both:
-            return texts["text_encoder"](_tokens(texts["text_encoder"], batch)), None
+            states_BSE = texts["text_encoder"](_tokens(texts["text_encoder"], batch))
+            return states_BSE, states_BSE[:, 0]
         ends_B = torch.zeros(batch, dtype=torch.long)
         each = [text.penultimate(_tokens(text, batch), ends_B) for text in texts.values()]
         return torch.cat([states for states, _ in each], dim=-1), each[-1][1]
@@ -111,7 +114,7 @@ def _diffusion(recipe: Recipe) -> Workload:
         _encode(recipe, vae, batch)
         with torch.set_grad_enabled(not frozen):
             context_BSE, pooled_BP = read(batch)
-        vector_BV = None  # of SDXL: the pooled text and the sinusoids of six sizes
+        vector_BV = None  # the pooled text and, in SDXL, the sinusoids of six sizes
         if vector_width is not None and pooled_BP is not None:
             vector_BV = F.pad(pooled_BP, (0, vector_width - pooled_BP.shape[1]))
         x_BCHW = torch.randn(batch, unet.config.in_channels, side, side)
@@ -126,9 +129,7 @@ MAKERS = {"autoencoder": _autoencoder, "text": _text, "diffusion": _diffusion}
 
 def _fresh(recipe: Recipe) -> tuple[UNet, Autoencoder, dict[str, CLIPText]]:
     vae, text = _vae(recipe), _text_encoder(recipe)
-    sizes = {"in_channels": vae.latent_channels, "out_channels": vae.latent_channels}
-    sizes |= {"cross_attention_dim": text.config.hidden_size}
-    return UNet(UNetConfig.from_diffusers(sizes | recipe.model.unet)), vae, {"text_encoder": text}
+    return UNet(fresh_unet(recipe, vae, text.config.hidden_size)), vae, {"text_encoder": text}
 
 
 def _opened(init_from: str) -> tuple[UNet, Autoencoder, dict[str, CLIPText]]:

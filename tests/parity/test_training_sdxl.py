@@ -83,7 +83,7 @@ def test_the_loss_of_a_step(theirs, ours, zeros):
 
     def predict(x, sigma):
         text = condition(model.unet, read([*model.texts.values()], tokens), **told)
-        return model.unet(x, model.schedule.timestep(sigma), text.context_BSE, text.vector_BV, text.seen_BS)
+        return model.unet(x, model.schedule.timestep(sigma), text.context_BSE, text.vector_BV, text.weight_BS)
 
     sigma = model.schedule.sigma(timesteps)
     weight = min_snr_weight(sigma, model.schedule)
@@ -101,7 +101,7 @@ def test_what_is_told_is_what_sampling_tells(ours):
         alone = ours.encode([prompt], [*sample.original, *sample.crop, *sample.size])
         torch.testing.assert_close(text.context_BSE[row], alone.context_BSE[0], rtol=0, atol=1e-5)
         torch.testing.assert_close(text.vector_BV[row], alone.vector_BV[0], rtol=0, atol=1e-5)
-    assert text.seen_BS is None
+    assert text.weight_BS is None
 
 
 @pytest.mark.parametrize("field", ["original", "crop", "size"])

@@ -34,12 +34,14 @@ from tests.train.tiny import (
     weights,
 )
 from train import __main__ as command
+from train import loop
 from train.data.decode import decode
 from train.data.folder import Folder
 from train.data.stream import Sample
-from train.loop import NotFinite, is_due, not_finite
+from train.loop import NotFinite, Stopped, is_due, not_finite
 from train.processes import Processes
 from train.run import export, remove_leftovers
+from train.validation import validate
 
 PROMPTS = ("red square", "a blue one")
 
@@ -398,6 +400,26 @@ def test_the_text_phase_learns_what_the_captions_show_and_the_diffusion_phase_be
     trained = weights(second.out)
     weight = "text_model.encoder.layers.0.mlp.fc1.weight"
     assert not trained[weight].equal(begun[weight])
+
+
+def test_a_look_that_a_signal_cut_short_is_made_up_for(diffusion, monkeypatch):
+    recipe = diffusion(validation={"every": 32, "prompts": PROMPTS}, model={"defaults": {"num_inference_steps": 1}})
+    grid = recipe.out / "samples" / "000000000032.png"
+
+    def validate_and_be_stopped(*arguments, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        validate(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", validate_and_be_stopped)
+        with pytest.raises(Stopped) as stopped:
+            run_here(recipe)
+    assert stopped.value.args == (32,)
+    assert not grid.exists()
+    run_here(recipe)
+    assert grid.exists()
+    steps = [row["pictures"] for row in rows(recipe.out)]
+    assert steps == sorted(steps)
 
 
 def test_a_step_is_due_at_multiples_and_at_the_end():

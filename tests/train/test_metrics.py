@@ -78,6 +78,7 @@ def test_speed_and_shares_are_of_steps_alone(tmp_path, monkeypatch, capsys):
         metrics.log(40, psnr=1.0)
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first.pop("peak_memory_gb") > 0
+    assert 0 <= first.pop("seconds/cpu_a_picture") < 1
     assert first == {
         "pictures": 40, "loss": 0.5, "pictures_per_second": 4.0, "mfu": 0.04, "time/data": 0.1, "time/forward": 0.3,
         "time/backward": 0.5, "time/trainer": 0.1, "seconds/validation": 20.0, "seconds/checkpoint": 40.0,

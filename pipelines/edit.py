@@ -1,0 +1,170 @@
+"""One picture, drawn again with other words: prompt-to-prompt (Hertz et al. 2022), also of a real picture.
+
+Shapes: B pictures (source, target), C channels, H W latent or picture size, S tokens of the text.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion.alignment import Pair, align
+from diffusion.attention_sites import attending, sites
+from diffusion.denoiser import Denoiser
+from diffusion.errors import GazeError
+from diffusion.injection import inject_cross, inject_self
+from diffusion.inversion import ROUNDS, invert
+from diffusion.samplers import Denoise
+from diffusion.words import words_of
+
+from .canvas import canvas
+from .checks import number
+from .request import Request
+from .text_to_image import Preview, TextToImage
+
+CROSS, SELF = 0.8, 0.4
+RESOLUTION = 32  # the paper's limit at a picture of 512 pixels
+
+
+@dataclass(frozen=True)
+class Edit:
+    """source, target: the two pictures. alignment: which words became which. settings: of each of the two what makes it
+    alone. pixels_BCHW: both, float, on the CPU, in about [-1, 1]. psnr: of the source, where it is a picture redrawn,
+    dB against the "picture" and against the picture after the "autoencoder"."""
+
+    source: Image.Image
+    target: Image.Image
+    alignment: list[Pair]
+    settings: list[dict[str, Any]]
+    pixels_BCHW: Tensor = field(repr=False)
+    psnr: dict[str, float] | None = None
+
+
+def edit(
+    pipe: TextToImage,
+    source: str,
+    target: str,
+    cross_steps: float = CROSS,
+    self_steps: float = SELF,
+    weights: Mapping[str, float] | None = None,
+    resolution: int = RESOLUTION,
+    show: Callable[[Preview], None] | None = None,
+    rounds: int = ROUNDS,
+    **options: Any,
+) -> Edit:
+    """Draws both prompts from the same noise, the target with the attention of the source: to the text in the first
+    `cross_steps` (a share, 0 to 1) of the steps, of the picture to itself in the first `self_steps`, where a map's
+    sides are at most `resolution`. 0 and 0 is the target drawn alone.
+
+    weights: by what a word's share of the target's attention is multiplied, in the steps of cross_steps; any number.
+    options: fields of `Request`. With an `image` its noise is found first: see `inverted`, also for rounds. Both are
+    then guided away from the source's prompt, if no negative prompt is given (Miyake et al. 2023): this is no guidance
+    for the source, so that it becomes the picture again. show: is shown every step.
+    Raises GazeError for prompts whose words do not align, a weighed word that is not in the target, shares that are
+    none, and as `TextToImage.plan`.
+    """
+    shares = {"cross_steps": cross_steps, "self_steps": self_steps}
+    for name, share in shares.items():
+        if not 0 <= number(name, share) <= 1:
+            raise GazeError(f"{name} is {share}", "a share of the steps, from 0 to 1")
+    picture = options.pop("image", None)
+    found = None if picture is None else inverted(pipe, source, picture, rounds, options)
+    if found is not None:
+        negative = options.get("negative_prompt")
+        options |= {"negative_prompt": [source, source if negative is None else negative]}
+        options |= {"latents": found.noise_BCHW.repeat(2, 1, 1, 1)}
+        options["height"], options["width"] = found.pixels_BCHW.shape[2:]
+    plan = pipe.plan(Request([source, target], **options))
+    if len(plan.prompts) != 2:
+        raise GazeError(f"num_images is {options['num_images']}", "one edit at a time, with a seed each")
+    for end in plan.dropped:
+        warnings.warn(f"the prompt is longer than the model can read; ignored: {end!r}", stacklevel=2)
+    chunks = plan.chunks
+    if chunks[0] != chunks[1]:
+        raise GazeError(
+            f"the source takes {chunks[0]} windows of the text encoder, the target {chunks[1]}",
+            "prompts of about the same length",
+        )
+    before, after = (
+        words_of(plan.readings[prompt][0], pipe.model.text.window, chunks[0]) for prompt in (source, target)
+    )
+    alignment = align(before, after)
+    scale_S = torch.ones(len(after.of_S))
+    for word, weight in (weights or {}).items():
+        scale_S[after.tokens(*after.numbers(word))] = number(f"the weight of {word!r}", weight)
+
+    factor = pipe.model.autoencoder.factor
+    size = (plan.height // factor, plan.width // factor)
+    crossing = sites(pipe.model.unet, cross=True)
+    looking = [site for site in sites(pipe.model.unet, cross=False) if max(site.size(*size)) <= resolution]
+    done, total = 0, len(plan.trajectory.sigmas) - 1
+
+    def around(denoiser: Denoiser, rows: list[int]) -> Denoise:
+        cross = inject_cross(alignment, scale_S)
+
+        def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
+            with ExitStack() as stack:
+                if done < cross_steps * total:
+                    stack.enter_context(attending(crossing, cross))
+                if done < self_steps * total:
+                    stack.enter_context(attending(looking, inject_self))
+                return denoiser(x_BCHW, sigma)
+
+        return denoise
+
+    # The same seed for both: a scheduler that adds noise adds the same to both.
+    for preview in pipe.run(replace(plan, seeds=plan.seeds[:1] * 2), around):
+        done = preview.index
+        if show is not None:
+            show(preview)
+    result = preview.result()
+    psnr = None if found is None else found.psnr(result.pixels_BCHW[:1])
+    return Edit(*result.images, alignment.pairs, result.settings, result.pixels_BCHW, psnr)
+
+
+@dataclass(frozen=True, eq=False)
+class Inverted:
+    """noise_BCHW: start noise of unit variance that a picture is drawn from, B = 1. pixels_BCHW: the picture in
+    [-1, 1]. coded_BCHW: the picture after the autoencoder."""
+
+    noise_BCHW: Tensor
+    pixels_BCHW: Tensor
+    coded_BCHW: Tensor
+
+    def psnr(self, pixels_BCHW: Tensor) -> dict[str, float]:
+        """dB of a picture against both."""
+        return {"picture": psnr(pixels_BCHW, self.pixels_BCHW), "autoencoder": psnr(pixels_BCHW, self.coded_BCHW)}
+
+
+@torch.inference_mode()
+def inverted(pipe: TextToImage, prompt: str, picture: Any, rounds: int, options: Mapping[str, Any]) -> Inverted:
+    """The noise of a picture (PIL's or a file): see `invert`, along the levels of the scheduler that draws, with the
+    prompt alone. options: fields of `Request`. Raises GazeError for a file that is no picture, and for what
+    `Request` and `canvas` refuse."""
+    for name in ("latents", "mask_image", "strength"):
+        if options.get(name) is not None:
+            raise GazeError(f"{name} was given beside a picture to edit, whose noise is found", f"leave {name} out")
+    factor = pipe.model.autoencoder.factor
+    opened = canvas(picture, None, 1.0, options.get("height"), options.get("width"), factor)
+    assert opened is not None
+    height, width = opened.pixels_BCHW.shape[2:]
+    own = {"guidance_scale": 1.0, "height": height, "width": width, "negative_prompt": None, "excite": None}
+    plan = pipe.plan(Request(prompt, **{**options, **own}))
+    latents_BCHW = pipe.encode(opened.pixels_BCHW)[0].float()
+    sigmas, sigma_data = plan.trajectory.sigmas, pipe.model.schedule.sigma_data
+    x_BCHW = invert(pipe.denoiser(plan), latents_BCHW, sigmas, sigma_data, rounds)
+    coded_BCHW = pipe.decode(latents_BCHW).float().cpu()
+    return Inverted(x_BCHW / plan.trajectory.start, opened.pixels_BCHW, coded_BCHW)
+
+
+def psnr(a_BCHW: Tensor, b_BCHW: Tensor) -> float:
+    """dB between pixels in [-1, 1]; values beyond are clamped."""
+    error = (a_BCHW.clamp(-1, 1) - b_BCHW.clamp(-1, 1)).square().mean()
+    return (10 * torch.log10(4 / error)).item()
