@@ -27,7 +27,7 @@ PAIRS = [
     ("red heart", "blue heart"),
     ("grinning cat", "crying cat"),
 ]
-SHARES = [(0.8, 0.4), (1.0, 0.4)]
+SHARES = [(0.8, 0.4), (1.0, 0.8)]
 ROUNDS = (1, 2, 3, 5)
 NAMED = [
     ("dog face and red heart", ["dog", "heart"]),

@@ -5,7 +5,7 @@
     python benchmarks/kinds.py [KEY=VALUE ...] [--pictures 30000] [--seeds 0] [--arms dot,additive,...] [--threads 1]
                                [--folder runs/kinds] [--prompts 300] [--table]
 
-Trains each arm with configs/shapes/kinds.yaml, the overrides KEY=VALUE and the arm's own, all on the same pictures in
+Trains each arm with configs/shapes/diffusion.yaml, the overrides KEY=VALUE and the arm's own, all on the same pictures in
 the same order with the same noise, one after the other in processes of their own. Can be stopped at any time: the same
 command goes on, and what is done is not done again; --table prints what there is. Overrides belong to a folder: others
 need another --folder.
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ROOT / "configs" / "shapes" / "kinds.yaml"
+RECIPE = ROOT / "configs" / "shapes" / "diffusion.yaml"
 POOLED = ["model.unet.cross_attention_dim=null", "model.unet.addition_embed_type=pooled"]
 ARMS = {
     "dot": ["model.unet.cross_attention_score=dot"],

@@ -2,7 +2,7 @@
 
 Chefer et al. 2023 (Attend-and-Excite), eq. 1 and 2. They move the noisy picture by a fixed factor of the slope, tuned
 for one model and one solver. Here the denoiser's answer is moved, as Dhariwal & Nichol 2021 guide by a classifier
-(algorithm 2), so that every solver takes it, and the slope's own length, which differs between models by orders of
+(algorithm 2), so that every solver takes it; the slope's own length, which differs between models by orders of
 magnitude, does not count.
 """
 
@@ -11,6 +11,7 @@ magnitude, does not count.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,7 +24,7 @@ from .errors import GazeError
 from .methods import Denoise
 from .unet import UNet
 
-STRENGTH = 2.0  # of the move, in standard deviations of a clean picture, where a word is not attended to at all
+STRENGTH = 0.5  # how far x moves while its level falls to 1/e, in deviations of x, where a word is not attended to
 LEVEL = 2  # of the maps: a quarter of the latents' sides, the paper's 16x16
 TAPS = (0.1065, 0.7870, 0.1065)  # Gaussian of standard deviation 0.5, as in the paper
 
@@ -66,12 +67,14 @@ def strongest(
     return F.conv2d(padded_XHW[:, None], kernel_11HW).flatten(1).amax(1).view(maps_BKN.shape[:2])
 
 
-def excited(denoise: Denoise, denoiser: Denoiser, tokens: Tokens, until: float) -> Denoise:
-    """`denoise` with its answers moved, at noise levels above `until`, so that the word attended to least is attended
+def excited(denoise: Denoise, denoiser: Denoiser, tokens: Tokens, sigmas: Sequence[float]) -> Denoise:
+    """`denoise` with its answers moved, in the first half of the steps, so that the word attended to least is attended
     to more: along the slope of its strongest attention, by what that one lacks to 1.
 
-    denoiser: tells network and prompts, without the negative ones. Each move costs a call of the network on a row per
-    picture, and its gradient. Nothing of it stays; inference mode may be on. Raises GazeError as `coarse`.
+    A step to a level moves x by a part of what the answer is moved by, so this is in proportion to the deviation of x
+    there. denoiser: tells network and prompts, without the negative ones. sigmas: the levels of the run. Each move
+    costs a call of the network on a row per picture, and its gradient. Nothing of it stays; inference mode may be on.
+    Raises GazeError as `coarse`.
     """
     alone, sigma_data = denoiser.alone, denoiser.schedule.sigma_data
     places = coarse(alone.unet)
@@ -79,8 +82,9 @@ def excited(denoise: Denoise, denoiser: Denoiser, tokens: Tokens, until: float) 
 
     def inside(x_BCHW: Tensor, sigma: float) -> Tensor:
         clean_BCHW = denoise(x_BCHW, sigma)
-        if sigma <= until:
+        if sigma <= sigmas[len(sigmas) // 2]:
             return clean_BCHW
+        deviation = math.hypot(sigma_data, max(lower for lower in sigmas if lower < sigma))
         level = torch.tensor(sigma, dtype=torch.float64)
         # Tensors made in inference mode take no part in gradients; copies made here do, and so do what is made of them.
         with torch.inference_mode(False), torch.enable_grad():
@@ -91,6 +95,6 @@ def excited(denoise: Denoise, denoiser: Denoiser, tokens: Tokens, until: float) 
             (slope_BCHW,) = torch.autograd.grad(least_B.sum(), input_BCHW)
         spread_B111 = slope_BCHW.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-30)  # 0 moves nothing
         lacking_B111 = (1 - least_B.detach())[:, None, None, None]
-        return clean_BCHW + (STRENGTH * sigma_data) * lacking_B111 * slope_BCHW / spread_B111
+        return clean_BCHW + (STRENGTH * deviation) * lacking_B111 * slope_BCHW / spread_B111
 
     return inside

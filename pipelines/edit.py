@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion.alignment import Pair, align
+from diffusion.alignment import Alignment, Pair, align
 from diffusion.attention_sites import attending, sites
 from diffusion.denoiser import Denoiser
 from diffusion.errors import GazeError
@@ -26,7 +26,7 @@ from diffusion.words import words_of
 
 from .canvas import canvas
 from .checks import number
-from .request import Request
+from .request import Plan, Request
 from .text_to_image import Preview, TextToImage
 
 CROSS, SELF = 0.8, 0.4
@@ -74,31 +74,24 @@ def edit(
     for name, share in shares.items():
         if not 0 <= number(name, share) <= 1:
             raise GazeError(f"{name} is {share}", "a share of the steps, from 0 to 1")
-    picture = options.pop("image", None)
-    found = None if picture is None else inverted(pipe, source, picture, rounds, options)
-    if found is not None:
+    for name in ("word_maps", "pixel_maps"):
+        if options.get(name):
+            raise GazeError(f"{name} was given, but an edit has none", f"the maps of one prompt: pipe(..., {name}=...)")
+    pixels_BCHW = _opened(pipe, options)
+    if pixels_BCHW is not None:
         negative = options.get("negative_prompt")
         options |= {"negative_prompt": [source, source if negative is None else negative]}
-        options |= {"latents": found.noise_BCHW.repeat(2, 1, 1, 1)}
-        options["height"], options["width"] = found.pixels_BCHW.shape[2:]
     plan = pipe.plan(Request([source, target], **options))
     if len(plan.prompts) != 2:
         raise GazeError(f"num_images is {options['num_images']}", "one edit at a time, with a seed each")
     for end in plan.dropped:
         warnings.warn(f"the prompt is longer than the model can read; ignored: {end!r}", stacklevel=2)
-    chunks = plan.chunks
-    if chunks[0] != chunks[1]:
-        raise GazeError(
-            f"the source takes {chunks[0]} windows of the text encoder, the target {chunks[1]}",
-            "prompts of about the same length",
-        )
-    before, after = (
-        words_of(plan.readings[prompt][0], pipe.model.text.window, chunks[0]) for prompt in (source, target)
-    )
-    alignment = align(before, after)
-    scale_S = torch.ones(len(after.of_S))
-    for word, weight in (weights or {}).items():
-        scale_S[after.tokens(*after.numbers(word))] = number(f"the weight of {word!r}", weight)
+    alignment, scale_S = _aligned(pipe, plan, weights or {})
+    # The same seed for both: a scheduler that adds noise adds the same to both.
+    plan, found = replace(plan, seeds=plan.seeds[:1] * 2), None
+    if pixels_BCHW is not None:
+        found = inverted(pipe, source, pixels_BCHW, rounds, options)
+        plan = replace(plan, start_BCHW=found.noise_BCHW.repeat(2, 1, 1, 1))
 
     factor = pipe.model.autoencoder.factor
     size = (plan.height // factor, plan.width // factor)
@@ -111,22 +104,22 @@ def edit(
 
         def denoise(x_BCHW: Tensor, sigma: float) -> Tensor:
             with ExitStack() as stack:
-                if done < cross_steps * total:
+                if done < round(cross_steps * total):
                     stack.enter_context(attending(crossing, cross))
-                if done < self_steps * total:
+                if done < round(self_steps * total):
                     stack.enter_context(attending(looking, inject_self))
                 return denoiser(x_BCHW, sigma)
 
         return denoise
 
-    # The same seed for both: a scheduler that adds noise adds the same to both.
-    for preview in pipe.run(replace(plan, seeds=plan.seeds[:1] * 2), around):
+    for preview in pipe.run(plan, around):
         done = preview.index
         if show is not None:
             show(preview)
     result = preview.result()
-    psnr = None if found is None else found.psnr(result.pixels_BCHW[:1])
-    return Edit(*result.images, alignment.pairs, result.settings, result.pixels_BCHW, psnr)
+    near = None if found is None else found.psnr(result.pixels_BCHW[:1])
+    before, after = result.images
+    return Edit(before, after, alignment.pairs, result.settings, result.pixels_BCHW, near)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,27 +137,53 @@ class Inverted:
 
 
 @torch.inference_mode()
-def inverted(pipe: TextToImage, prompt: str, picture: Any, rounds: int, options: Mapping[str, Any]) -> Inverted:
-    """The noise of a picture (PIL's or a file): see `invert`, along the levels of the scheduler that draws, with the
-    prompt alone. options: fields of `Request`. Raises GazeError for a file that is no picture, and for what
-    `Request` and `canvas` refuse."""
-    for name in ("latents", "mask_image", "strength"):
-        if options.get(name) is not None:
-            raise GazeError(f"{name} was given beside a picture to edit, whose noise is found", f"leave {name} out")
-    factor = pipe.model.autoencoder.factor
-    opened = canvas(picture, None, 1.0, options.get("height"), options.get("width"), factor)
-    assert opened is not None
-    height, width = opened.pixels_BCHW.shape[2:]
-    own = {"guidance_scale": 1.0, "height": height, "width": width, "negative_prompt": None, "excite": None}
-    plan = pipe.plan(Request(prompt, **{**options, **own}))
-    latents_BCHW = pipe.encode(opened.pixels_BCHW)[0].float()
+def inverted(
+    pipe: TextToImage, prompt: str, pixels_BCHW: Tensor, rounds: int = ROUNDS, options: Mapping[str, Any] | None = None
+) -> Inverted:
+    """The noise of a picture in [-1, 1]: see `invert`, along the levels of the scheduler that draws, with the prompt
+    alone. options: fields of `Request`; guidance, negative prompt, excite and size do not count. Raises GazeError as
+    `TextToImage.plan`."""
+    height, width = pixels_BCHW.shape[2:]
+    alone = {"guidance_scale": 1.0, "negative_prompt": None, "excite": None, "height": height, "width": width}
+    plan = pipe.plan(Request(prompt, **{**(options or {}), **alone}))
+    latents_BCHW = pipe.encode(pixels_BCHW)[0].float()
     sigmas, sigma_data = plan.trajectory.sigmas, pipe.model.schedule.sigma_data
     x_BCHW = invert(pipe.denoiser(plan), latents_BCHW, sigmas, sigma_data, rounds)
     coded_BCHW = pipe.decode(latents_BCHW).float().cpu()
-    return Inverted(x_BCHW / plan.trajectory.start, opened.pixels_BCHW, coded_BCHW)
+    return Inverted(x_BCHW / plan.trajectory.start, pixels_BCHW, coded_BCHW)
 
 
 def psnr(a_BCHW: Tensor, b_BCHW: Tensor) -> float:
     """dB between pixels in [-1, 1]; values beyond are clamped."""
     error = (a_BCHW.clamp(-1, 1) - b_BCHW.clamp(-1, 1)).square().mean()
     return (10 * torch.log10(4 / error)).item()
+
+
+def _opened(pipe: TextToImage, options: dict[str, Any]) -> Tensor | None:
+    """The pixels_BCHW of the picture among the options, if there is one; its size takes its place there."""
+    picture = options.pop("image", None)
+    if picture is None:
+        return None
+    for name in ("latents", "mask_image", "strength"):
+        if options.get(name) is not None:
+            raise GazeError(f"{name} was given beside a picture to edit, whose noise is found", f"leave {name} out")
+    factor = pipe.model.autoencoder.factor
+    opened = canvas(picture, None, None, options.get("height"), options.get("width"), factor)
+    assert opened is not None
+    options["height"], options["width"] = opened.pixels_BCHW.shape[2:]
+    return opened.pixels_BCHW
+
+
+def _aligned(pipe: TextToImage, plan: Plan, weights: Mapping[str, float]) -> tuple[Alignment, Tensor]:
+    """Which words of the source, the plan's first prompt, are which of the target, and scale_S of `inject_cross`."""
+    chunks = plan.chunks
+    if chunks[0] != chunks[1]:
+        raise GazeError(
+            f"the source takes {chunks[0]} windows of the text encoder, the target {chunks[1]}",
+            "prompts of about the same length",
+        )
+    source, target = (words_of(plan.readings[prompt][0], pipe.model.text.window, chunks[0]) for prompt in plan.prompts)
+    scale_S = torch.ones(len(target.of_S))
+    for word, weight in weights.items():
+        scale_S[target.tokens(*target.numbers(word))] = number(f"the weight of {word!r}", weight)
+    return align(source, target), scale_S

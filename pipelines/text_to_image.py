@@ -264,12 +264,12 @@ class TextToImage:
         return denoise
 
     def _excited(self, plan: Plan, rows: list[int], chunks: int, denoiser: Denoiser, denoise: Denoise) -> Denoise:
-        """In the first half of the steps `denoise` with its pictures moved, see `excite.excited`."""
+        """See `excite.excited`."""
         sigmas, tokens = plan.trajectory.sigmas[plan.first :], []
         for row in rows:
             words = words_of(plan.readings[plan.prompts[row]][0], self.model.text.window, chunks)
             tokens.append([words.tokens(*words.numbers(word)) for word in plan.excite])
-        return excited(denoise, denoiser, tokens, sigmas[len(sigmas) // 2].item())
+        return excited(denoise, denoiser, tokens, sigmas.tolist())
 
     def _encode(self, plan: Plan, prompts: Sequence[str | None], chunks: int) -> Condition:
         """One row per prompt; a prompt that occurs again is encoded once. None is a row of zeros."""

@@ -111,7 +111,7 @@ def drawn_together(pipe, prompts, **options):
     return [*pipe.run(plan)][-1].result().pixels_BCHW
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "heun", "dpmpp_2m", "euler_ancestral", "ddpm"])
+@pytest.mark.parametrize("scheduler", ["heun", "euler_ancestral", "ddpm"])
 def test_without_injection_the_target_is_as_alone_and_equal_prompts_are_equal(pipe, scheduler):
     options = {**FEW, "scheduler": scheduler}
     made = edit(pipe, "a red cat", "a red dog", 0.0, 0.0, **options)
@@ -173,6 +173,7 @@ def test_it_goes_with_other_options(pipe, options):
         (("a cat", "a dog"), {"self_steps": -0.1}, "self_steps is -0.1"),
         (("a cat", "a dog"), {"num_images": 2}, "num_images is 2"),
         (("a cat", "a dog"), {"image": Image.new("RGB", (32, 32)), "strength": 0.5}, "strength was given"),
+        (("a cat", "a dog"), {"word_maps": True}, "word_maps was given"),
         (("a cat", "a dog"), {"image": "nowhere.png"}, "nowhere.png cannot be read"),
     ],
 )
@@ -187,9 +188,9 @@ def test_bad_input_is_named(pipe, prompts, options, says):
 def test_a_real_picture_comes_back():
     """By a model that knows what pictures look like: the shipped one."""
     pipe = TextToImage.from_pretrained()
-    picture = pipe("red heart", num_inference_steps=8, seed=0).images[0]
+    picture = pipe("red heart", num_inference_steps=5, seed=0).images[0]
     few, many = (
-        edit(pipe, "red heart", "blue heart", image=picture, rounds=rounds, num_inference_steps=8) for rounds in (1, 4)
+        edit(pipe, "red heart", "blue heart", image=picture, rounds=rounds, num_inference_steps=5) for rounds in (1, 4)
     )
     assert many.psnr["autoencoder"] > few.psnr["autoencoder"] + 3
     assert many.psnr["autoencoder"] > 33

@@ -15,7 +15,7 @@ from diffusion.unet import UNet, UNetConfig
 from diffusion.words import words_of
 from pipelines.request import Request
 
-FEW = {"num_inference_steps": 6, "guidance_scale": 3.0, "seed": 3, "scheduler": "ddim"}
+FEW = {"num_inference_steps": 4, "guidance_scale": 3.0, "seed": 3, "scheduler": "ddim"}
 TOKENS = [[[2], [3, 4]], [[1, 2], [5]]]  # of two pictures, two words each
 
 
@@ -79,7 +79,7 @@ def seen(pipe, prompt, word, **options):
     return found, last.result().pixels_BCHW
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpmpp_2m", "euler_ancestral", "ddpm"])
+@pytest.mark.parametrize("scheduler", ["dpmpp_2m", "euler_ancestral", "ddpm"])
 def test_the_word_is_attended_to_more_at_every_step(pipe, scheduler):
     options = {**FEW, "scheduler": scheduler}
     plain, _ = seen(pipe, "a red cat", "cat", **options)
