@@ -53,6 +53,7 @@ def attend(
     check_writable(Path(out).absolute().parent)
     with no_collection():
         from .attention_files import percent, write_attention
+        from .sheet import printable
 
     wanted = {"seed": random.SystemRandom().randrange(2**32), **settings}
     with progress() as advance:
@@ -64,7 +65,7 @@ def attend(
     for name in ("picture", "sheet", "arrays"):
         print(report[name])
     for row in report["overlays"]:
-        print(f"{row['overlay']}  {row['name']}  most {percent(row['most'])}  mean {percent(row['mean'])}")
+        print(f"{row['overlay']}  {printable(row['name'])}  most {percent(row['most'])}  mean {percent(row['mean'])}")
 
 
 def numbers_of(text: str | None, option: str) -> list[int] | None:

@@ -69,7 +69,8 @@ def write_attention(
         sheet = grid(shown, COLUMNS, [*labels, "colours: 0 to (the most)"], scale_of(shown))
         save_png(sheet, aside / SHEET)
         _write_arrays(aside / ARRAYS, words, pixels, picture.settings)
-        (aside / PAGE).write_text(_page(picture.image, picture.settings, words, pixels), encoding="utf-8")
+        page = _page(picture.image, picture.settings, words, pixels)
+        (aside / PAGE).write_bytes(page.encode("utf-8", "replace"))  # a prompt may hold single surrogates
     paths = {"page": PAGE, "picture": PICTURE, "sheet": SHEET, "arrays": ARRAYS}
     return {
         **{name: str(folder / path) for name, path in paths.items()},

@@ -89,6 +89,15 @@ def test_words_can_be_chosen(gaze, model):
     ]  # fmt: skip
 
 
+def test_any_text_is_a_prompt(gaze, model):
+    prompt = "cat \udcff <u>\x1b[31m \u202e"
+    code, out, err = gaze("attend", prompt, "--model", model, "--steps", 1, "--seed", 1, "-o", "out")
+    assert (code, err) == (0, "")
+    assert out.replace("\n", "").isprintable()
+    assert "<u>" not in Path("out/index.html").read_text()
+    assert read_settings("out/picture.png")["prompt"] == prompt
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -188,6 +188,24 @@ def test_the_outermost_sees_what_others_changed(pipe):
     assert torch.allclose(maps.maps, shares[:, None, None].expand_as(maps.maps), atol=1e-6)
 
 
+def test_a_weight_inside_attention_shows(pipe):
+    """Of one head, layer and step: a token of share p and weight 2 gets 2 p / (1 + p)."""
+    (first, *_) = (site.name for site in sites(pipe.model.unet, cross=True))
+    only = {"map_layers": [first], "map_steps": [1], "map_heads": [2], "word_maps": True}
+    options = {"num_inference_steps": 2, "seed": 5, "weighting": "attention"}
+    usual_HW, heavy_HW = (
+        pipe(prompt, **options, **only).word_maps[0].held_WHW[0] for prompt in ("red cat", "(red:2) cat")
+    )
+    assert torch.allclose(heavy_HW, 2 * usual_HW / (1 + usual_HW), atol=1e-5)
+
+
+def test_excite_draws_the_same_with_maps(pipe):
+    options = {"num_inference_steps": 2, "seed": 5, "excite": ["cat"]}
+    with_maps = pipe("red cat", **options, word_maps=True, pixel_maps=[(1, 2)])
+    assert torch.equal(with_maps.pixels_BCHW, pipe("red cat", **options).pixels_BCHW)
+    assert with_maps.word_maps[0].steps == (1, 2)
+
+
 def test_a_pixels_map_is_its_self_attention(pipe):
     captured = []
 
