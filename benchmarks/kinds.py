@@ -5,10 +5,10 @@
     python benchmarks/kinds.py [KEY=VALUE ...] [--pictures 30000] [--seeds 0] [--arms dot,additive,...] [--threads 1]
                                [--folder runs/kinds] [--prompts 300] [--table]
 
-Trains each arm with configs/shapes/diffusion.yaml, the overrides KEY=VALUE and the arm's own, all on the same pictures in
-the same order with the same noise, one after the other in processes of their own. Can be stopped at any time: the same
-command goes on, and what is done is not done again; --table prints what there is. Overrides belong to a folder: others
-need another --folder.
+Trains each arm with configs/shapes/diffusion.yaml, the overrides KEY=VALUE and the arm's own, all on the same pictures
+in the same order with the same noise, one after the other in processes of their own. Can be stopped at any time: the
+same command goes on, and what is done is not done again; --table prints what there is. Overrides belong to a folder:
+others need another --folder.
 
 Exact: the judge of the shapes world finds every fact of the caption in the picture, with a Wilson 95 % interval over
 prompts of all seeds. Training: processor seconds for 1,000 pictures, the median over the run's log, and the most memory
