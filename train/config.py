@@ -159,6 +159,7 @@ class Validation(Section):
     seed: NotNegative = 0
     bins: Few = 8  # of noise level, for the held-out loss
     pictures: Positive = 256  # at most so many of the held-out ones
+    attention: bool = False  # log how these attend to the words of their captions
 
 
 class Recipe(Section):
@@ -195,6 +196,8 @@ class Recipe(Section):
             raise ValueError(f"pictures {self.pictures} is less than batch_size {self.batch_size}: not one step")
         if self.validation.every and not self.validation.prompts and not data.held_out and self.phase != "autoencoder":
             raise ValueError("validation.every is set, but validation.prompts is empty and data.held_out is 0")
+        if self.validation.attention and (self.phase != "diffusion" or not data.held_out):
+            raise ValueError("validation.attention is of held-out pictures of phase diffusion; it needs data.held_out")
         if data.crop == "random" and data.cache_latents and self.phase != "autoencoder":
             raise ValueError("data.crop=random gives other latents at each visit; it needs data.cache_latents=false")
         if self.model.lora.rank and self.model.init_from is None:

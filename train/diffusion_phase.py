@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from diffusion.objective import WEIGHTINGS, denoising_loss
+from diffusion.words import words_of
 from pipelines.text_to_image import Request, TextToImage
 
+from .attention import attention_figures, check_attends, mean_maps, weighed
 from .cache import Latents, TextStates
 from .choice import choose, fingerprint, frozen, text_frozen
 from .config import Recipe
@@ -31,6 +33,7 @@ class DiffusionPhase:
         self.recipe, self.device = recipe, processes.device
         self.model = make_model(recipe, data.captions())
         self.latents = Latents(recipe, data, processes, self.model.autoencoder)
+        check_attends(self.model.unet, recipe)
         choose(self.model, recipe.model)
         for network in self.model.modules.values():
             network.to(self.device)
@@ -57,6 +60,17 @@ class DiffusionPhase:
             return module(x_BCHW, schedule.timestep(sigma_B).float(), **told)
 
         return denoising_loss(predict, clean, noise, sigma, schedule, weight)
+
+    def observe(self, samples: list[Sample], u_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """The samples have one caption. Figures only with validation.attention: those of `attention_figures`."""
+        if not self.recipe.validation.attention:
+            return self.loss(self.module, samples, u_B), {}
+        with weighed(self.model.unet) as weights:
+            loss_B = self.loss(self.module, samples, u_B)
+        text = self.model.text
+        words = words_of(text.plain(samples[0].caption), text.window)
+        maps_BWHW = mean_maps(weights, words, self.latents.shape(samples[0].size)[1:])
+        return loss_B, attention_figures(maps_BWHW, words.names)
 
     def levels(self, u_B: Tensor) -> list[float]:
         return self.density(u_B).tolist()

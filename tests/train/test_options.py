@@ -82,6 +82,7 @@ ELSEWHERE = {
     "ema.widths": "test_snapshots::test_a_run_stores_them_resumes_them_and_exports_any_width",
     "validation.every": "test_loop::test_validation_on_or_off_gives_the_same_bits",
     "validation.prompts": "test_loop::test_validation_on_or_off_gives_the_same_bits",
+    "validation.attention": "test_attention::test_a_run_logs_and_reports_it_and_changes_no_bit",
     "validation.bins": "test_validation::test_bins_and_pictures_are_what_the_recipe_says",
     "validation.pictures": "test_validation::test_bins_and_pictures_are_what_the_recipe_says",
 }
