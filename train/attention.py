@@ -26,9 +26,9 @@ Weights = list[tuple[Site, Tensor]]  # of each cross-attention that was called: 
 
 def check_attends(unet: UNet, recipe: Recipe) -> None:
     """Raises GazeError where the recipe asks for attention to the text and the U-Net has none."""
-    asked = {"validation.attention": recipe.validation.attention}
-    for option in filter(asked.get, asked):
-        if not sites(unet, cross=True):
+    asked = {"validation.attention": recipe.validation.attention, "objective.grounding": recipe.objective.grounding}
+    for option, value in asked.items():
+        if value and not sites(unet, cross=True):
             raise GazeError(f"{option} is of attention to the text, and this U-Net has none", "leave it out")
 
 
