@@ -76,9 +76,8 @@ def test_loss_and_gradient_are_those_of_a_loop():
     scores = [torch.randn(2, h * w, 5, generator=random, dtype=torch.float64, requires_grad=True) for h, w in sizes]
 
     def loss(*scores):
-        weights = [
-            (Site("", True, level, None), score.softmax(-1)) for level, score in zip(levels, scores, strict=True)
-        ]
+        places = [Site("", True, level, None) for level in levels]
+        weights = [(place, score.softmax(-1)) for place, score in zip(places, scores, strict=True)]
         return grounding_loss(weights, of_BS, masks_BWHW)
 
     found_B = loss(*scores)
@@ -214,7 +213,7 @@ def test_a_wrong_line_is_named(tmp_path, change, says):
 def test_masks_that_are_not_there_or_of_another_size_are_named(make, masked, tmp_path):
     rows = read(make_masked(tmp_path / "own", count=1))
     write(tmp_path / "own", rows)
-    with pytest.raises(GazeError, match="no line of .* names masks"):
+    with pytest.raises(GazeError, match="names masks"):
         Masks(tmp_path / "own")
     with pytest.raises(GazeError, match="cannot be read"):
         Masks(tmp_path)

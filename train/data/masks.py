@@ -3,8 +3,8 @@
     {"file_name": "0.png", "text": "a red circle", "masks": "masks/0.png",
      "words": [{"text": "a", "objects": []}, {"text": "red", "objects": [0]}, {"text": "circle", "objects": [0]}]}
 
-masks: a picture of the size of its own, in grey levels: 0 where nothing is, 1 on object 0, 2 on object 1, ... words: those
-of the caption in their order, with the objects that each speaks of.
+masks: a picture of the size of the other, in grey levels: 0 where nothing is, 1 on object 0, 2 on object 1, ...
+words: those of the caption in their order, with the objects that each speaks of.
 """
 
 # Shapes: O objects, H W height and width of the masks that are asked for.
@@ -28,7 +28,7 @@ from .decode import Size, part_of
 from .stream import Sample
 
 EXAMPLE = (
-    '{"file_name": "0.png", "text": "a disc", "masks": "masks/0.png", "words": [{"text": "a", "objects": []}, ...]}'
+    '{"file_name": "0.png", "text": "discs", "masks": "masks/0.png", "words": [{"text": "discs", "objects": [0]}]}'
 )
 
 
@@ -84,9 +84,8 @@ class Masks:
         """A hash of all masks and of which words speak of them."""
         total = hashlib.sha256()
         for name, marked in sorted(self.marked.items()):
-            total.update(
-                json.dumps([name, marked.objects]).encode() + hashlib.sha256(marked.file.read_bytes()).digest()
-            )
+            content = hashlib.sha256(marked.file.read_bytes()).hexdigest()
+            total.update(json.dumps([name, marked.objects, content]).encode())
         return total.hexdigest()
 
 
