@@ -49,7 +49,8 @@ def sites(unet: UNet, cross: bool | None = None, layers: Sequence[str] | None = 
     found = [site for site in found if cross is None or site.cross == cross]
     for pattern in layers or ():
         if not any(fnmatchcase(site.name, pattern) for site in found):
-            raise GazeError(f"no attention is named {pattern!r}", nearest(pattern, [site.name for site in found]))
+            blocks = {f"{site.name.partition('.attentions')[0]}.*" for site in found}  # there may be 140 names
+            raise GazeError(f"no attention is named {pattern!r}", nearest(pattern, blocks))
     return [site for site in found if layers is None or any(fnmatchcase(site.name, pattern) for pattern in layers)]
 
 

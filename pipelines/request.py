@@ -24,6 +24,7 @@ from diffusion.text import Readings
 
 from .canvas import Canvas, canvas
 from .checks import MOST, first, interval, number, picture_size, texts, two, whole
+from .word_maps import Wanted, wanted_maps
 
 Picture = Image.Image | str | Path
 
@@ -45,6 +46,10 @@ class Request:
     lora: what must be loaded, as in `Result.settings`; None: whatever is.
     original_size, crops_coords_top_left, target_size: what SDXL is told, pixels, height (top) first; by default the
         picture's size and (0, 0).
+    word_maps: record which words each pixel looks at. pixel_maps: of these pixels, (x, y) from the left and from the
+        top, which pixels they look at. The pictures stay the same to the bit.
+    map_layers, map_steps, map_heads: of which attentions the maps are the mean: patterns of their names as
+        "up_blocks.*", the numbers of steps and of heads, from 1; None: all. map_each_step: keep those of each step too.
     """
 
     prompt: str | Sequence[str]
@@ -68,6 +73,12 @@ class Request:
     original_size: Sequence[int] | None = None
     crops_coords_top_left: Sequence[int] | None = None
     target_size: Sequence[int] | None = None
+    word_maps: bool = False
+    pixel_maps: Sequence[Sequence[int]] = ()
+    map_layers: Sequence[str] | None = None
+    map_steps: Sequence[int] | None = None
+    map_heads: Sequence[int] | None = None
+    map_each_step: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,8 @@ class Plan:
     """A request with every default filled in and every value checked.
 
     first: the noise level, by its number, that the run begins at; above 0 only with a picture to start from.
-    sizes: SDXL's six numbers. noted: settings of every picture beside its own prompts and seed.
+    sizes: SDXL's six numbers. maps: what is recorded meanwhile. noted: settings of every picture beside its own prompts
+    and seed.
     """
 
     prompts: list[str]  # one per picture, as are the two below
@@ -90,6 +102,7 @@ class Plan:
     canvas: Canvas | None
     first: int
     sizes: list[int]
+    maps: Wanted | None
     dropped: list[str]
     noted: dict[str, Any]
 
@@ -144,6 +157,7 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
     readings = {prompt: model.read(prompt) for prompt in dict.fromkeys([*prompts, *guided])}
     ends = [next((reading.dropped for reading in each if reading.dropped), "") for each in readings.values()]
     sizes, told = _sizes(model, request, height, width)
+    begin = 0 if picture is None else trajectory.begin(picture.strength)
     return Plan(
         prompts=[prompt for prompt in prompts for _ in range(count)],
         negative_prompts=[negative for negative in negatives for _ in range(count)],
@@ -155,8 +169,9 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
         width=width,
         start_BCHW=request.latents,
         canvas=picture,
-        first=0 if picture is None else trajectory.begin(picture.strength),
+        first=begin,
         sizes=sizes,
+        maps=wanted_maps(model.unet, request, height, width, len(trajectory.sigmas) - 1 - begin),
         dropped=[end for end in ends if end],
         noted=_noted(trajectory, guidance, height, width)
         | ({} if picture is None else picture.noted)

@@ -28,6 +28,7 @@ from diffusion.samplers import Denoise, PictureNoise, Step
 from .canvas import Start, start
 from .images import to_pil
 from .request import Plan, Request, make_plan
+from .word_maps import Group, PixelMaps, Recording, WordMaps, pixel_maps, word_maps
 
 Around = Callable[[Denoiser, list[int]], Denoise]
 
@@ -36,13 +37,16 @@ DEFAULT_MODEL = Path(__file__).parent / "models" / "emoji"
 
 @dataclass(frozen=True)
 class Result:
-    """settings: of every picture, what makes it again. dropped: the ends of prompts that the model could not read."""
+    """settings: of every picture, what makes it again. dropped: the ends of prompts that the model could not read.
+    word_maps, pixel_maps: of every picture, where they were asked for."""
 
     images: list[Image.Image]
     seeds: list[int]
     settings: list[dict[str, Any]]
     pixels_BCHW: Tensor = field(repr=False)  # float, on the CPU, in about [-1, 1]
     dropped: list[str] = field(default_factory=list)
+    word_maps: list[WordMaps] = field(default_factory=list)
+    pixel_maps: list[PixelMaps] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,22 @@ class Preview:
     step: Step
     plan: Plan = field(repr=False)
     pipe: TextToImage = field(repr=False)
+    recorded: list[Group] = field(default_factory=list, repr=False)
 
     @property
     def sigma(self) -> float:
         """The noise level left."""
         return self.step.sigma
+
+    @property
+    def word_maps(self) -> list[WordMaps]:
+        """Of each picture, of the steps so far; none where none were asked for or the first of them is to come."""
+        return word_maps(self.plan, self.recorded)
+
+    @property
+    def pixel_maps(self) -> list[PixelMaps]:
+        """As `word_maps`."""
+        return pixel_maps(self.plan, self.recorded)
 
     def images(self) -> list[Image.Image]:
         """What the pictures would be if the model's present guess were the end; after the last step, what they are."""
@@ -67,7 +82,15 @@ class Preview:
     def result(self) -> Result:
         """The pictures as `images` has them, with all that belongs to them."""
         pixels_BCHW = self._pixels_BCHW().float().cpu()
-        return Result(to_pil(pixels_BCHW), self.plan.seeds, self.plan.settings(), pixels_BCHW, self.plan.dropped)
+        return Result(
+            to_pil(pixels_BCHW),
+            self.plan.seeds,
+            self.plan.settings(),
+            pixels_BCHW,
+            self.plan.dropped,
+            self.word_maps,
+            self.pixel_maps,
+        )
 
     def _pixels_BCHW(self) -> Tensor:
         if self.index < self.total:
@@ -188,6 +211,8 @@ class TextToImage:
         shape = self.model.autoencoder.latent_shape(plan.height, plan.width)
         noise = PictureNoise(generators, shape, self.device)
         begin = self._start(plan, noise)
+        recording = None if plan.maps is None else Recording(plan, plan.maps, self.model.text.window)
+        around = around if recording is None else recording.around(around)
         with ExitStack() as stack:
             for text in self.model.texts.values():
                 stack.enter_context(visiting(text.model, self.device))
@@ -195,7 +220,8 @@ class TextToImage:
         sigmas = plan.trajectory.sigmas[plan.first :]
         total = len(sigmas) - 1
         for index, step in enumerate(plan.trajectory.run(denoise, begin.x_BCHW, noise=noise, sigmas=sigmas), start=1):
-            yield Preview(index, total, begin.end(step) if index == total else step, plan, self)
+            recorded = [] if recording is None else recording.end_step()
+            yield Preview(index, total, begin.end(step) if index == total else step, plan, self, recorded)
 
     def _start(self, plan: Plan, noise: PictureNoise) -> Start:
         trajectory, given_BCHW = plan.trajectory, plan.start_BCHW
