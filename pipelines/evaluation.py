@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from .images import to_rgb, to_tensor
 FOLDERS = {"seen": "train", "heldout": "heldout"}
 SEEN_PROMPTS = 200
 POOLED = 32
+OF_ONE_PICTURE = ("prompt", "negative_prompt", "seed")
 Z_95 = 1.959963984540054
 
 
@@ -36,7 +37,7 @@ class Truth(NamedTuple):
     pooled_P: Tensor
 
 
-def wilson(right: int, n: int, z: float = Z_95) -> tuple[float, float]:
+def wilson(right: float, n: int, z: float = Z_95) -> tuple[float, float]:
     """The interval of a proportion, `right` of n, at z standard deviations (Wilson 1927, Brown et al. 2001)."""
     share, shrink = right / n, 1 + z * z / n
     middle = (share + z * z / (2 * n)) / shrink
@@ -69,8 +70,6 @@ def evaluate_retrieval(
     """
     if split not in FOLDERS:
         raise GazeError(f"unknown split {split!r}", nearest(split, FOLDERS))
-    if batch < 1:
-        raise GazeError(f"the batch size is {batch}", "at least 1")
     folders = {key: read_truths(Path(data) / folder) for key, folder in FOLDERS.items()}
     truths = [truth for folder in folders.values() for truth in folder]
     asked = _choose(folders[split], split, n, seed)
@@ -78,25 +77,16 @@ def evaluate_retrieval(
 
     found: list[Truth] = []
     settings: dict[str, Any] = {}
-    for start in range(0, len(asked), batch):
-        names = [truth.name for truth in asked[start : start + batch]]
-        result = pipe(
-            [escape(name) for name in names],
-            seed=seed + start,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-        )
-        settings = settings or result.settings[0]
+    prompts = [escape(truth.name) for truth in asked]
+    for result in in_batches(pipe, prompts, seed, steps, guidance_scale, batch, progress):
+        settings = in_common(result)
         made_BP = torch.stack([pool(image) for image in result.images])
         found += [truths[i] for i in torch.cdist(made_BP, true_NP).argmin(dim=1).tolist()]
-        if progress is not None:
-            progress(len(found), len(asked))
 
     twins = sum(a.name != f.name and a.pixels == f.pixels for a, f in zip(asked, found, strict=True))
     misses = [{"prompt": a.name, "nearest": f.name} for a, f in zip(asked, found, strict=True) if a.pixels != f.pixels]
     right = len(asked) - len(misses)
     low, high = wilson(right, len(asked))
-    common = {key: value for key, value in settings.items() if key not in ("prompt", "negative_prompt", "seed")}
     return {
         "score": right / len(asked),
         "low": low,
@@ -105,9 +95,36 @@ def evaluate_retrieval(
         "right": right,
         "right_under_another_name": twins,
         "split": split,
-        "settings": {"seed": seed, "true_pictures": len(truths), **common},
+        "settings": {"seed": seed, "true_pictures": len(truths), **settings},
         "misses": misses,
     }
+
+
+def in_batches(
+    pipe: Any,
+    prompts: Sequence[str],
+    seed: int,
+    steps: int | None,
+    guidance_scale: float | None,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[Any]:
+    """What the pipe returns for the prompts, batch by batch; picture i has seed + i.
+
+    progress: called with (done, total) after each batch. Raises GazeError: batch is less than 1, or the pipe's own.
+    """
+    if batch < 1:
+        raise GazeError(f"the batch size is {batch}", "at least 1")
+    for start in range(0, len(prompts), batch):
+        asked = list(prompts[start : start + batch])
+        yield pipe(asked, seed=seed + start, num_inference_steps=steps, guidance_scale=guidance_scale)
+        if progress is not None:
+            progress(start + len(asked), len(prompts))
+
+
+def in_common(result: Any) -> dict[str, Any]:
+    """The settings that all pictures of a result have in common."""
+    return {key: value for key, value in result.settings[0].items() if key not in OF_ONE_PICTURE}
 
 
 def pool(image: Image.Image) -> Tensor:

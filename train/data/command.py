@@ -16,6 +16,7 @@ from diffusion.errors import GazeError, nearest
 
 USAGE = """\
 python -m train data emoji OUT [--size 64]                   build the emoji data
+python -m train data shapes OUT --count 10000 [--masks]      draw scenes of plain shapes
 python -m train data pack SOURCE OUT [--shard-size 10000]    tar shards of the pictures that decode
 python -m train data check SOURCE                            verify all of it, name what is wrong
 python -m train data stats SOURCE [--json]                   sizes, shapes, captions, duplicates
@@ -26,7 +27,7 @@ SOURCE is a folder of pictures, a folder or URL of shards, a parquet file or a f
 
 def main(words: list[str]) -> int:
     """Exit codes: 0 done and sound, 1 bad input, or `check` has found something."""
-    commands = {"emoji": _emoji, "pack": _pack, "check": _check, "stats": _stats}
+    commands = {"emoji": _emoji, "shapes": _shapes, "pack": _pack, "check": _check, "stats": _stats}
     if {"-h", "--help"} & set(words[:1]):
         print(USAGE)
         return 0
@@ -44,6 +45,24 @@ def _emoji(words: list[str]) -> int:
 
     for key, value in build_emoji(arguments.out, arguments.size).items():
         print(f"{key}: {value}")
+    return 0
+
+
+def _shapes(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train data shapes")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, required=True, help="pictures")
+    parser.add_argument("--seed", type=int, default=0, help="another gives other pictures")
+    parser.add_argument("--split", default="seen", help="seen or heldout combinations")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
+    parser.add_argument("--masks", action="store_true", help="also the pixels of each object, and its words")
+    arguments = parser.parse_args(words)
+    from .drawn import build_shapes
+
+    build_shapes(
+        arguments.out, arguments.count, arguments.seed, arguments.split, arguments.size, with_masks=arguments.masks
+    )
+    print(f"{arguments.count} pictures in {arguments.out}")
     return 0
 
 

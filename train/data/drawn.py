@@ -1,35 +1,63 @@
-"""A few pictures of coloured shapes with captions, drawn on the spot, for trying the trainer without any data."""
+"""Folders of captioned pictures of the shapes world, for training without any data. The same bytes on every run.
+
+OUT/00000.png ...
+OUT/metadata.jsonl       {"file_name", "text", "facts"} a line; with masks also "masks", "objects" and "words"
+OUT/masks/00000.png ...  grey levels: 0 where nothing is, 1 on the first of "objects", 2 on the second, ...
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from PIL import Image, ImageDraw
+import numpy as np
+from PIL import Image
 
-from ..randomness import randomness
-
-COLOURS = ("red", "green", "blue", "orange", "purple", "black")
-SHAPES = ("circle", "square", "triangle")
+from diffusion.errors import GazeError
+from pipelines.shapes.captions import caption, words
+from pipelines.shapes.world import SIDE, SKILLS, Scene, draw, masks, scene
 
 
 def draw_folder(folder: Path, count: int, size: int, seed: int) -> Path:
-    """Draws `count` pictures of `size` pixels with a metadata.jsonl; picture i is a function of (seed, i)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Draws `count` pictures of `size` pixels: single objects, of which the caption says colour and shape."""
+    coloured = SKILLS.index("colours")
+    return write_scenes(folder, (scene(seed, len(SKILLS) * index + coloured) for index in range(count)), size)
+
+
+def build_shapes(
+    out: Path, count: int, seed: int = 0, split: str = "seen", size: int = SIDE, with_masks: bool = False
+) -> Path:
+    """Draws the first `count` scenes of a split, the six skills in turn. Raises GazeError."""
+    if count < 1 or size < 1:
+        raise GazeError(f"{count} pictures of {size} pixels cannot be drawn", "--count 10000 --size 64")
+    return write_scenes(out, (scene(seed, index, split) for index in range(count)), size, with_masks)
+
+
+def write_scenes(folder: Path, scenes: Iterable[Scene], size: int, with_masks: bool = False) -> Path:
+    """Draws scenes into a folder that the folder reader takes. Raises GazeError when it cannot be written."""
     rows = []
-    for index in range(count):
-        random = randomness(seed, index, "drawn")
-        colour, shape = COLOURS[random.integers(len(COLOURS))], SHAPES[random.integers(len(SHAPES))]
-        radius = int(size * random.uniform(0.2, 0.35))
-        x, y = (int(value) for value in random.integers(radius, size - radius, 2))
-        picture = Image.new("RGB", (size, size), "white")
-        draw = ImageDraw.Draw(picture)
-        if shape == "circle":
-            draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
-        else:
-            draw.regular_polygon((x, y, radius), 4 if shape == "square" else 3, fill=colour)
-        name = f"{index:05d}.png"
-        picture.save(folder / name)
-        rows.append(json.dumps({"file_name": name, "text": f"a {colour} {shape}"}) + "\n")
-    (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+    try:
+        (folder / "masks" if with_masks else folder).mkdir(parents=True, exist_ok=True)
+        for index, each in enumerate(scenes):
+            name = f"{index:05d}.png"
+            draw(each, size).save(folder / name)
+            row = {"file_name": name, "text": caption(each), "facts": each.facts}
+            rows.append(json.dumps(row | (_write_masks(folder, name, each, size) if with_masks else {})) + "\n")
+        (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
+    except OSError as error:
+        raise GazeError(f"cannot write the folder {folder}: {error}", "a folder you may write to") from error
     return folder
+
+
+def _write_masks(folder: Path, name: str, scene: Scene, size: int) -> dict[str, Any]:
+    masks_OHW = masks(scene, size)
+    numbers_O11 = np.arange(1, len(masks_OHW) + 1, dtype=np.uint8)[:, None, None]
+    Image.fromarray((masks_OHW * numbers_O11).max(0)).save(folder / "masks" / name)
+    return {
+        "masks": f"masks/{name}",
+        "objects": [asdict(each) for each in scene.objects],
+        "words": [word._asdict() for word in words(scene)],
+    }

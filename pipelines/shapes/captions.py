@@ -1,0 +1,64 @@
+"""What a caption says of a scene, in words that vary."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import NamedTuple
+
+from .world import Scene
+
+# The first of each is said about every other time.
+SYNONYMS = {
+    "circle": ("circle", "disc"),
+    "cross": ("cross", "plus"),
+    "ring": ("ring", "hoop"),
+    "small": ("small", "little"),
+    "large": ("large", "big"),
+    "purple": ("purple", "violet"),
+    "cyan": ("cyan", "turquoise"),
+    "2": ("two", "2"),
+    "3": ("three", "3"),
+    "4": ("four", "4"),
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "and": ("and", "with"),
+}
+
+
+class Word(NamedTuple):
+    """objects: numbers of those in the scene that the word describes; none for articles and what lies between."""
+
+    text: str
+    objects: tuple[int, ...]
+
+
+def caption(scene: Scene) -> str:
+    """One of the ways to say the scene's facts, a function of its name."""
+    return " ".join(word.text for word in words(scene))
+
+
+def words(scene: Scene) -> list[Word]:
+    """The caption's words, in order."""
+    random = Random(f"caption/{scene.name}")
+    phrases, start = [], 0
+    for thing in scene.facts["objects"]:
+        count, many = thing["count"], thing["count"] > 1
+        said = [_say(random, str(count))] if many else []
+        said += [_say(random, thing[key]) for key in ("size", "colour") if key in thing]
+        said += [_plural(_say(random, thing["shape"])) if many else _say(random, thing["shape"])]
+        phrase = [Word(text, tuple(range(start, start + count))) for text in said]
+        phrases.append(phrase if many else [Word("a", ()), *phrase])
+        start += count
+    between = _say(random, scene.facts["relation"] or "and").split()
+    return [*phrases[0], *(word for phrase in phrases[1:] for word in [*(Word(text, ()) for text in between), *phrase])]
+
+
+def _say(random: Random, name: str) -> str:
+    first, *others = SYNONYMS.get(name, (name,))
+    return random.choice(others) if others and random.random() < 0.5 else first
+
+
+def _plural(noun: str) -> str:
+    return noun + ("es" if noun.endswith("s") else "s")

@@ -1,0 +1,155 @@
+"""What a picture of the shapes world shows, and which facts of a caption it breaks. Exact for the scenes drawn here.
+
+Shapes of arrays: H, W height and width in pixels, both SIDE; N = H * W; K colours; h, w those of a box.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+
+import numpy as np
+from PIL import Image
+
+from ..images import to_rgb
+from .world import COLOURS, SHAPES, SIDE, WHITE, Facts, Object, ahead, coverage
+
+FLOOR = 40  # pixels: what is smaller is a speck, a third of the smallest object
+DIRT = 80  # pixels of specks that together count as one more object
+LEAST_OVERLAP = 0.6  # with the shape that fits best; below it is none of them
+UNKNOWN = "unknown"
+BETWEEN_SIZES = 21  # pixels of a side
+TRIED = range(3)  # pixels by which a box may reach further up than what is seen: the tip of a triangle fades first
+WEIGHT = {"shape": 4, "colour": 2, "size": 1}  # of what differs, when objects are matched with what was asked for
+NEIGHBOURS = [(np.s_[:-1], np.s_[1:]), (np.s_[:-1, :-1], np.s_[1:, 1:]), (np.s_[:-1, 1:], np.s_[1:, :-1])]  # rows
+FACTS = (*WEIGHT, "count", "position", "nothing else")
+
+_WHITE_TO_COLOUR_K3 = np.array(list(COLOURS.values()), float) - WHITE
+_LENGTHS_K = (_WHITE_TO_COLOUR_K3**2).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen(Object):
+    """An object found in a picture. shape: UNKNOWN where none fits. mask_HW: its pixels, bool."""
+
+    mask_HW: np.ndarray
+
+
+def see(image: Image.Image) -> list[Seen]:
+    """The objects of a picture, the largest first; one of another size than SIDE x SIDE is resized to that.
+
+    A pixel is taken for a mixture of white and one colour, and belongs to an object where half of it or more is
+    colour. An object is what is connected, by corners too, and of one colour; the shape is that of which the same box
+    holds most like it (intersection over union).
+    """
+    kinds_HW = _kinds(to_rgb(image))
+    wholes_HW, parts_HW = connected(kinds_HW > 0), connected(kinds_HW)
+    wholes = [wholes_HW == number for number in range(1, wholes_HW.max() + 1)]
+    found = [
+        mask_HW for whole_HW in wholes if whole_HW.sum() >= FLOOR for mask_HW in _of_one_colour(whole_HW, parts_HW)
+    ]
+    specks = [whole_HW for whole_HW in wholes if whole_HW.sum() < FLOOR]
+    dirt_HW = np.any(specks, axis=0) if specks else np.zeros_like(kinds_HW, dtype=bool)
+    found += [dirt_HW] if dirt_HW.sum() >= DIRT else []
+    return [_object(mask_HW, kinds_HW) for mask_HW in sorted(found, key=lambda mask_HW: -mask_HW.sum())]
+
+
+def _of_one_colour(whole_HW: np.ndarray, parts_HW: np.ndarray) -> list[np.ndarray]:
+    """The objects that touch each other there. What is smaller than an object is an odd edge of one."""
+    numbers = np.nonzero(np.bincount(parts_HW[whole_HW]) >= FLOOR)[0]
+    return [parts_HW == number for number in numbers] if len(numbers) > 1 else [whole_HW]
+
+
+def check(facts: Facts, seen: Sequence[Object]) -> list[str]:
+    """Which of FACTS the objects break; an empty list when all of them hold.
+
+    Each thing asked for is matched with the object most like it. "count": one too few, or one more that is just like
+    what was asked for. "nothing else": there is another object. "position": the first does not lie where the relation
+    says, further in its direction than to the side, nor does any object that is as like what was asked for.
+    """
+    asked = [thing for thing in facts["objects"] for _ in range(thing["count"])]
+    wrong = {(i, j): _differing(thing, each) for i, thing in enumerate(asked) for j, each in enumerate(seen)}
+    matched: dict[int, int] = {}
+    for i, j in sorted(wrong, key=lambda pair: sum(WEIGHT[key] for key in wrong[pair])):
+        if i not in matched and j not in matched.values():
+            matched[i] = j
+    broken = {key for pair in matched.items() for key in wrong[pair]}
+    if len(matched) < len(asked):
+        broken.add("count")
+    for j in set(range(len(seen))) - set(matched.values()):
+        broken.add("nothing else" if all(wrong[i, j] for i in range(len(asked))) else "count")
+    if facts["relation"] and len(matched) == 2:
+        alike = [[each for j, each in enumerate(seen) if wrong[i, j] == wrong[i, matched[i]]] for i in (0, 1)]
+        if all(ahead(*pair, facts["relation"]) <= 0 for pair in product(*alike)):
+            broken.add("position")
+    return [fact for fact in FACTS if fact in broken]
+
+
+def _differing(thing: Facts, each: Object) -> list[str]:
+    """What is stated of a thing and not true of an object."""
+    return [key for key in WEIGHT if key in thing and getattr(each, key) != thing[key]]
+
+
+def connected(kinds_HW: np.ndarray) -> np.ndarray:
+    """Numbers the parts of one kind that are connected by sides or corners, from 1 on; kind 0 is nothing, and stays 0.
+
+    Runs of a row are joined with those they touch in the next (Rosenfeld & Pfaltz 1966).
+    """
+    begins_HW = np.ones(kinds_HW.shape, dtype=bool)
+    begins_HW[:, 1:] = kinds_HW[:, 1:] != kinds_HW[:, :-1]
+    runs_HW = begins_HW.cumsum().reshape(kinds_HW.shape) - 1  # the number of each pixel's run within its row
+    parents = list(range(int(runs_HW[-1, -1]) + 1))
+
+    def root(run: int) -> int:
+        while parents[run] != run:
+            parents[run] = run = parents[parents[run]]
+        return run
+
+    for upper, lower in NEIGHBOURS:
+        joined = (kinds_HW[upper] == kinds_HW[lower]) & (kinds_HW[upper] > 0)
+        for above, below in set(zip(runs_HW[upper][joined].tolist(), runs_HW[lower][joined].tolist(), strict=True)):
+            parents[root(below)] = root(above)
+    roots_HW = np.array([root(run) for run in range(len(parents))])[runs_HW]
+    return np.where(kinds_HW > 0, np.searchsorted(np.unique(roots_HW[kinds_HW > 0]), roots_HW) + 1, 0)
+
+
+def _kinds(image: Image.Image) -> np.ndarray:
+    """[H, W]: 0 where the picture is white, else 1 + the number of the colour."""
+    if image.size != (SIDE, SIDE):
+        image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+    from_white_N3 = np.asarray(image, float).reshape(-1, 3) - WHITE
+    along_NK = from_white_N3 @ _WHITE_TO_COLOUR_K3.T
+    share_NK = np.clip(along_NK / _LENGTHS_K, 0, 1)
+    distance_NK = share_NK * (share_NK * _LENGTHS_K - 2 * along_NK)  # squared, but for what is the same for all colours
+    nearest_N = distance_NK.argmin(1)
+    share_N = np.take_along_axis(share_NK, nearest_N[:, None], 1)[:, 0]
+    return np.where(share_N < 0.5, 0, nearest_N + 1).reshape(SIDE, SIDE)
+
+
+def _object(mask_HW: np.ndarray, kinds_HW: np.ndarray) -> Seen:
+    rows, columns = mask_HW.any(1).nonzero()[0], mask_HW.any(0).nonzero()[0]
+    left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    tops = {max(0, top - up) for up in TRIED}
+    overlap, shape, top_of_fit = max(
+        (_overlap(mask_HW[start:bottom, left:right], shape), shape, start) for shape in SHAPES for start in tops
+    )
+    filled = _template(shape, bottom - top_of_fit, right - left).mean()
+    return Seen(
+        shape if overlap >= LEAST_OVERLAP else UNKNOWN,
+        [*COLOURS][np.bincount(kinds_HW[mask_HW]).argmax() - 1],
+        "large" if (mask_HW.sum() / filled) ** 0.5 >= BETWEEN_SIZES else "small",
+        (left, top, right, bottom),
+        mask_HW,
+    )
+
+
+def _overlap(mask_hw: np.ndarray, shape: str) -> float:
+    template_hw = _template(shape, *mask_hw.shape)
+    return (mask_hw & template_hw).sum() / (mask_hw | template_hw).sum()
+
+
+@cache
+def _template(shape: str, height: int, width: int) -> np.ndarray:
+    return coverage(shape, (0, 0, width, height))[:height, :width] >= 0.5
