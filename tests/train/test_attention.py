@@ -167,6 +167,7 @@ def test_captions_are_read_as_they_are_trained_on(watched):
 def test_it_needs_held_out_pictures_of_the_diffusion_phase(watched, changes):
     values = watched[0].model_dump(mode="json")
     values = {**values, **changes, "data": {**values["data"], **changes.get("data", {})}}
+    values["validation"]["prompts"] = ["a red square"]
     with pytest.raises(ValueError, match=r"needs data\.held_out"):
         Recipe.model_validate(values)
 
