@@ -7,7 +7,7 @@ under its map, does more weight make what it says more likely, and which layers 
 Prints tables in Markdown. docs/attention-truth.md says how each figure is measured, and what came out.
 
 A map becomes a mask where it reaches a share of its largest value. That share is chosen for each method and kind of
-word on other pictures (seed 0, scenes and noise) than the figures are of (seed 1). Intervals are 95 % of a bootstrap
+word on other pictures, of other scenes and noise, than the figures are of. Intervals are 95 % of a bootstrap
 over pictures.
 """
 
@@ -36,7 +36,7 @@ from pipelines.shapes.judge import Seen, check, see
 from pipelines.shapes.world import COLOURS, RELATIONS, SHAPES, SIZES, Scene, scene
 from pipelines.text_to_image import Request
 
-CALIBRATION, MEASURED = 0, 1  # seeds
+CALIBRATION, MEASURED = -2, -3  # seeds of scenes, which neither training nor `gaze evaluate shapes` has
 SHARES = torch.arange(1, 20) / 20  # of a map's largest value
 RESAMPLES = 2000
 NUDGE = 0.05  # of a word's weight, for the derivative
@@ -440,7 +440,7 @@ def observed(
     pipe: TextToImage, seed: int, count: int, split: str, batch: int, options: dict[str, Any]
 ) -> tuple[dict[int, Scene], list[Instance]]:
     """The first scenes of a seed, by the seeds of their noise, and the words of their pictures."""
-    scenes = {seed * 10**6 + index: scene(seed, index, split) for index in range(count)}
+    scenes = {abs(seed) * 10**6 + index: scene(seed, index, split) for index in range(count)}
     found = []
     for start in range(0, count, batch):
         found += instances(pipe, dict([*scenes.items()][start : start + batch]), **options)
