@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from benchmarks import truth
-from benchmarks.truth import KIND_OF, KINDS, Instance, bootstrap, inside_and_outside, ious, mask_of, measure, without
+from benchmarks import agreement, truth
+from benchmarks.agreement import KIND_OF, KINDS, Drawn, Instance, bootstrap, ious, mask_of, measure
+from benchmarks.truth import inside_and_outside, without
 from pipelines.shapes.captions import Word, words
 from pipelines.shapes.judge import check, see
 from pipelines.shapes.world import draw, masks, scene
@@ -105,16 +106,19 @@ def test_saliency_is_the_derivative_by_the_words_weight(pipe, monkeypatch):
         def __call__(self, x_BCHW, sigma):
             return x_BCHW * self.sums_B[:, None, None, None]
 
-    monkeypatch.setattr(truth, "Denoiser", Sum)
+    monkeypatch.setattr(agreement, "Denoiser", Sum)
     text, prompts = pipe.model.text, ["a red dog", "big cat"]
     x_BCHW = torch.rand(2, 4, 3, 3, dtype=torch.float64)
-    places = [(0, 1), (1, 0)]
-    found_IHW = truth.saliency(pipe, prompts, places, [(x_BCHW, 1.0), (2 * x_BCHW, 0.5)], None)
+    found = [Instance(row, word, "shape", None, {}) for row, word in ((0, 1), (1, 0))]
+    drawn = Drawn(None, {}, [(x_BCHW, 1.0), (2 * x_BCHW, 0.5), (0 * x_BCHW, 0.1)], None)
+    maps_IHW = agreement.saliency(pipe, prompts, [0, 1], found, drawn)
     states_BSE, _ = text.states(text.tokens([*prompts, ""]))
-    for (row, word), map_HW in zip(places, found_IHW, strict=True):
-        tokens = [1 + place for place, own in enumerate(text.plain(prompts[row]).chunks[0].words) if own == word]
-        slope = (states_BSE[row] - states_BSE[-1])[tokens].double().sum().abs()
-        torch.testing.assert_close(map_HW, 3 * x_BCHW[row].sum(0) * slope, rtol=1e-3, atol=1e-3)
+    for each, map_HW in zip(found, maps_IHW, strict=True):
+        tokens = [1 + place for place, own in enumerate(text.plain(prompts[each.picture]).chunks[0].words)
+                  if own == each.word]  # fmt: skip
+        slope = (states_BSE[each.picture] - states_BSE[-1])[tokens].double().sum().abs()
+        # Five are chosen of the three inputs: 0, 0, 1, 2 and 2.
+        torch.testing.assert_close(map_HW, 4 * x_BCHW[each.picture].sum(0) * slope, rtol=1e-3, atol=1e-3)
 
 
 def test_the_figure_is_an_svg_with_every_kind():
