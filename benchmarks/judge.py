@@ -4,7 +4,7 @@
 
 A true scene is right when the judge sees each object's shape, colour and size, nothing else, and no broken fact; a
 broken one when exactly that fact is named. Each way to break a fact is tried on every scene that has one. IoU: of
-the true masks with those seen, objects where the scene was right. Times are of one core.
+the true masks with those seen, objects where the scene was right. Times are of the processor.
 """
 
 import argparse
@@ -132,15 +132,15 @@ def kinds(objects: Iterable[Object]) -> Counter[tuple[str, str, str]]:
 
 
 def measure(scenes: Sequence[Scene], disturb: Disturb) -> tuple[list[bool], list[float], float]:
-    """Of true scenes: which are right, the IoU of their objects' masks, and the seconds that judging took."""
+    """Of true scenes: which are right, the IoU of their objects' masks, and the processor's seconds of judging."""
     right, overlaps, seconds = [], [], 0.0
     for start in range(0, len(scenes), BATCH):
         part = scenes[start : start + BATCH]
         for each, image in zip(part, disturb([draw(each) for each in part]), strict=True):
-            begin = time.perf_counter()
+            begin = time.process_time()
             seen = see(image)
             broken = check(each.facts, seen)
-            seconds += time.perf_counter() - begin
+            seconds += time.process_time() - begin
             right.append(not broken and kinds(seen) == kinds(each.objects))
             if right[-1]:
                 overlaps += [max(iou(mask_HW, found.mask_HW) for found in seen) for mask_HW in masks(each)]

@@ -23,7 +23,6 @@ UNKNOWN = "unknown"
 BETWEEN_SIZES = 21  # pixels of a side
 TRIED = range(3)  # pixels by which a box may reach further up than what is seen: the tip of a triangle fades first
 WEIGHT = {"shape": 4, "colour": 2, "size": 1}  # of what differs, when objects are matched with what was asked for
-NEIGHBOURS = [(np.s_[:-1], np.s_[1:]), (np.s_[:-1, :-1], np.s_[1:, 1:]), (np.s_[:-1, 1:], np.s_[1:, :-1])]  # rows
 FACTS = (*WEIGHT, "count", "position", "nothing else")
 
 _WHITE_TO_COLOUR_K3 = np.array(list(COLOURS.values()), float) - WHITE
@@ -58,7 +57,7 @@ def see(image: Image.Image) -> list[Seen]:
 
 def _of_one_colour(whole_HW: np.ndarray, parts_HW: np.ndarray) -> list[np.ndarray]:
     """The objects that touch each other there. What is smaller than an object is an odd edge of one."""
-    numbers = np.nonzero(np.bincount(parts_HW[whole_HW]) >= FLOOR)[0]
+    numbers = np.flatnonzero(np.bincount(parts_HW[whole_HW]) >= FLOOR)
     return [parts_HW == number for number in numbers] if len(numbers) > 1 else [whole_HW]
 
 
@@ -82,7 +81,7 @@ def check(facts: Facts, seen: Sequence[Object]) -> list[str]:
         broken.add("nothing else" if all(wrong[i, j] for i in range(len(asked))) else "count")
     if facts["relation"] and len(matched) == 2:
         alike = [[each for j, each in enumerate(seen) if wrong[i, j] == wrong[i, matched[i]]] for i in (0, 1)]
-        if all(ahead(*pair, facts["relation"]) <= 0 for pair in product(*alike)):
+        if all(ahead(facts["relation"], *pair) <= 0 for pair in product(*alike)):
             broken.add("position")
     return [fact for fact in FACTS if fact in broken]
 
@@ -107,9 +106,12 @@ def connected(kinds_HW: np.ndarray) -> np.ndarray:
             parents[run] = run = parents[parents[run]]
         return run
 
-    for upper, lower in NEIGHBOURS:
-        joined = (kinds_HW[upper] == kinds_HW[lower]) & (kinds_HW[upper] > 0)
-        for above, below in set(zip(runs_HW[upper][joined].tolist(), runs_HW[lower][joined].tolist(), strict=True)):
+    whole, left, right = slice(None), slice(None, -1), slice(1, None)
+    for upper, lower in ((whole, whole), (left, right), (right, left)):
+        same = (kinds_HW[:-1, upper] == kinds_HW[1:, lower]) & (kinds_HW[:-1, upper] > 0)
+        for above, below in set(
+            zip(runs_HW[:-1, upper][same].tolist(), runs_HW[1:, lower][same].tolist(), strict=True)
+        ):
             parents[root(below)] = root(above)
     roots_HW = np.array([root(run) for run in range(len(parents))])[runs_HW]
     return np.where(kinds_HW > 0, np.searchsorted(np.unique(roots_HW[kinds_HW > 0]), roots_HW) + 1, 0)
@@ -118,7 +120,7 @@ def connected(kinds_HW: np.ndarray) -> np.ndarray:
 def _kinds(image: Image.Image) -> np.ndarray:
     """[H, W]: 0 where the picture is white, else 1 + the number of the colour."""
     if image.size != (SIDE, SIDE):
-        image = image.resize((SIDE, SIDE), Image.Resampling.BOX)
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     from_white_N3 = np.asarray(image, float).reshape(-1, 3) - WHITE
     along_NK = from_white_N3 @ _WHITE_TO_COLOUR_K3.T
     share_NK = np.clip(along_NK / _LENGTHS_K, 0, 1)
@@ -129,7 +131,7 @@ def _kinds(image: Image.Image) -> np.ndarray:
 
 
 def _object(mask_HW: np.ndarray, kinds_HW: np.ndarray) -> Seen:
-    rows, columns = mask_HW.any(1).nonzero()[0], mask_HW.any(0).nonzero()[0]
+    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
     left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
     tops = {max(0, top - up) for up in TRIED}
     overlap, shape, top_of_fit = max(

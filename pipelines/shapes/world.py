@@ -9,6 +9,7 @@ Shapes of arrays: H, W height and width in pixels. Lengths are in pixels of a pi
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -125,7 +126,7 @@ def _facts(random: Random, skill: str) -> Facts:
     """What a caption of this skill may say, held out or not."""
     shapes, colours = random.sample([*SHAPES], 2), random.sample([*COLOURS], 2)
     size, relation, count = random.choice([*SIZES]), random.choice([*RELATIONS]), random.choice(COUNTS)
-    first, second = ({"shape": shape, "count": 1} for shape in shapes)
+    first, second = (Facts(shape=shape, count=1) for shape in shapes)
     if skill in ("colours", "position", "colour binding") or (skill in ("single object", "counting") and _coin(random)):
         first["colour"], second["colour"] = colours
     if skill == "single object":
@@ -153,11 +154,11 @@ def _objects(random: Random, facts: Facts) -> tuple[Object, ...]:
         boxes = [box_at_random(random, side) for *_, side in kinds]
         objects = tuple(Object(*kind[:3], box) for kind, box in zip(kinds, boxes, strict=True))
         free = all(apart(*pair) for pair in combinations(boxes, 2))
-        if free and (facts["relation"] is None or ahead(*objects, facts["relation"]) >= CLEAR):
+        if free and (facts["relation"] is None or ahead(facts["relation"], *objects) >= CLEAR):
             return objects
 
 
-def ahead(first: Any, second: Any, relation: str) -> float:
+def ahead(relation: str, first: Object, second: Object) -> float:
     """By how much the first object's centre lies further in the relation's direction than it lies to the side of it."""
     (x, y), (other_x, other_y) = first.centre, second.centre
     right, down = RELATIONS[relation]
@@ -182,12 +183,19 @@ def apart(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def coverage(shape: str, box: Sequence[float], size: int = SIDE) -> np.ndarray:
     """How much of each pixel a shape covers, [H, W] in 0 to 1, in a picture of size x size pixels."""
     left, top, right, bottom = box
-    at = (np.arange(size * SAMPLES) + 0.5) * (SIDE / (size * SAMPLES))
-    x, y = (2 * at - left - right) / (right - left), (2 * at - top - bottom) / (bottom - top)
-    columns, rows = abs(x) <= 1, abs(y) <= 1
-    inside = np.zeros((at.size, at.size), dtype=bool)
-    inside[np.ix_(rows, columns)] = SHAPES[shape](x[None, columns], y[rows, None])
-    return inside.reshape(size, SAMPLES, size, SAMPLES).mean((1, 3))
+    columns, x = _points(left, right, size)
+    rows, y = _points(top, bottom, size)
+    inside = (abs(x) <= 1) & (abs(y[:, None]) <= 1) & SHAPES[shape](x[None], y[:, None])
+    covered_HW = np.zeros((size, size))
+    covered_HW[rows, columns] = inside.reshape(-1, SAMPLES, x.size // SAMPLES, SAMPLES).mean((1, 3))
+    return covered_HW
+
+
+def _points(low: float, high: float, size: int) -> tuple[slice, np.ndarray]:
+    """The pixels along a side that lie between low and high, and their samples, -1 at low and 1 at high."""
+    first, last = math.floor(low * size / SIDE), math.ceil(high * size / SIDE)
+    at = (np.arange(first * SAMPLES, last * SAMPLES) + 0.5) * (SIDE / (size * SAMPLES))
+    return slice(first, last), (2 * at - low - high) / (high - low)
 
 
 def draw(scene: Scene, size: int = SIDE) -> Image.Image:

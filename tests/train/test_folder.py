@@ -13,7 +13,6 @@ from tests.pictures import odd_folder
 from tests.train.tiny import make_pictures, tiny_recipe
 from train.data import look as looking
 from train.data.command import main
-from train.data.drawn import draw_folder
 from train.data.folder import Folder
 from train.data.look import look, refuse_many
 from train.data.open import open_source
@@ -306,15 +305,6 @@ def test_a_background_that_is_no_colour_is_refused_at_once(tmp_path, name):
     recipe = tiny_recipe(tmp_path / "run", make_pictures(tmp_path / "data"), data={"background": name})
     with pytest.raises(GazeError, match=r"data\.background"):
         open_source(recipe)
-
-
-def test_drawn_pictures_are_a_function_of_the_seed(tmp_path):
-    first, again, other = (draw_folder(tmp_path / name, 5, 16, seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
-    for path in first.iterdir():
-        assert path.read_bytes() == (again / path.name).read_bytes()
-    assert (first / "metadata.jsonl").read_text() != (other / "metadata.jsonl").read_text()
-    source, skipped = look(Folder(first))
-    assert (len(source), skipped) == (5, [])
 
 
 # The commands

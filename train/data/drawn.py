@@ -33,7 +33,7 @@ def build_shapes(
     """Draws the first `count` scenes of a split, the six skills in turn. Raises GazeError."""
     if count < 1 or size < 1:
         raise GazeError(f"{count} pictures of {size} pixels cannot be drawn", "--count 10000 --size 64")
-    return write_scenes(out, (scene(seed, index, split) for index in range(count)), size, with_masks)
+    return write_scenes(out, [scene(seed, index, split) for index in range(count)], size, with_masks)
 
 
 def write_scenes(folder: Path, scenes: Iterable[Scene], size: int, with_masks: bool = False) -> Path:
