@@ -123,16 +123,16 @@ class Recorder:
 
         return watched
 
-    def _attend(
-        self, pictures: int, site: Site, usual: Callable[..., Tensor], q_RLND: Tensor, k_RLSD: Tensor, v_RLSD: Tensor,
-        *bias: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def _attend(self, pictures: int, site: Site, usual: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        self._record(site, *(each[-pictures:] for each in tensors))
+        return usual(*tensors)
+
+    @torch.no_grad()
+    def _record(self, site: Site, q_BLND: Tensor, k_BLSD: Tensor, v_BLSD: Tensor, *bias: Tensor) -> None:
         here = site.size(*self.size)
-        with torch.no_grad():
-            maps_BWN = self.read(site, here, *(each[-pictures:] for each in (q_RLND, k_RLSD, *bias)))
-            self.sums[here] = self.sums[here].add_(maps_BWN) if here in self.sums else maps_BWN
+        maps_BWN = self.read(site, here, q_BLND, k_BLSD, *bias)
+        self.sums[here] = self.sums[here].add_(maps_BWN) if here in self.sums else maps_BWN
         self.count += 1
-        return usual(q_RLND, k_RLSD, v_RLSD, *bias)
 
     def end_step(self) -> Recorded | None:
         """Says that a step is done. What was taken down so far, which later steps leave as it is; None: nothing yet."""

@@ -33,12 +33,13 @@ M = TypeVar("M", bound=torch.nn.Module)
 
 
 @contextmanager
-def replacing(folder: str | Path) -> Iterator[Path]:
+def replacing(folder: str | Path, marks: Sequence[str] = MARKS, kind: str = "a model") -> Iterator[Path]:
     """Gives a new folder to write into; after the block it stands in the place of `folder`, after an error nothing
-    has changed. Raises GazeError when `folder` has content that is no model: it would be lost."""
+    has changed. Raises GazeError when `folder` has content that is not of this kind, because it has none of its marks:
+    it would be lost."""
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in MARKS):
-        raise GazeError(f"{folder} holds something that is not a model; it is not overwritten", "another folder")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in marks):
+        raise GazeError(f"{folder} holds something that is not {kind}; it is not overwritten", "another folder")
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     gone = folder.with_name(f"{aside.name}-old")
     aside.mkdir(parents=True)

@@ -14,6 +14,7 @@ import typer
 from diffusion.errors import GazeError
 from pipelines import __version__
 
+from .attend import attend
 from .commands import generate, grid, info
 from .options import (
     Cfg,
@@ -60,6 +61,7 @@ def options(
 
 app.command()(generate)
 app.command(short_help="Vary settings along axes.")(grid)
+app.command(short_help="Show which pixels look at which word.")(attend)
 app.command(short_help="Print the settings inside a PNG.")(info)
 
 

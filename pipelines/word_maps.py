@@ -83,8 +83,7 @@ class PixelMaps(Maps):
     pixels: tuple[tuple[int, int], ...]
 
     def _spread(self, held_WHW: Tensor) -> Tensor:
-        maps_WHW = super()._spread(held_WHW)
-        return maps_WHW / maps_WHW.sum(dim=(-2, -1), keepdim=True)
+        return _shares(super()._spread(held_WHW))
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,13 +222,20 @@ def word_maps(plan: Plan, groups: Sequence[Group]) -> list[WordMaps]:
 
 def pixel_maps(plan: Plan, groups: Sequence[Group]) -> list[PixelMaps]:
     """As `word_maps`."""
-    found = {
-        row: PixelMaps(*_held(plan, group.pixels, at, len(group.places)), group.places)
-        for group in groups
-        if group.pixels is not None
-        for at, row in enumerate(group.rows)
-    }
+    found = {}
+    for group in groups:
+        if group.pixels is None:
+            continue
+        for at, row in enumerate(group.rows):
+            size, steps, mean_WHW, each_TWHW = _held(plan, group.pixels, at, len(group.places))
+            each_TWHW = None if each_TWHW is None else _shares(each_TWHW)
+            found[row] = PixelMaps(size, steps, _shares(mean_WHW), each_TWHW, group.places)
     return [found[row] for row in sorted(found)]
+
+
+def _shares(maps: Tensor) -> Tensor:
+    """Maps, whatever there is of them, each brought to a sum of 1."""
+    return maps / maps.sum(dim=(-2, -1), keepdim=True)
 
 
 def _held(

@@ -1,25 +1,14 @@
-"""The page of a report: its style, its script, and where its parts go. Nothing in it asks for another file."""
+"""The page of a report: its own style and script, and where its parts go; the rest is every page's."""
 
 from string import Template
 
 STYLE = """
-:root { color-scheme: light dark; --page: #fff; --card: #f6f7f9; --text: #1c2127; --dim: #5f6b7a; --rule: #dde2e8;
-  --accent: #2f7fd0; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171b; --card: #1d2126; --text: #e6e9ed; --dim: #97a3b2;
-  --rule: #343b44; --accent: #5aa2ec; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1280px; padding: 24px 20px 60px; background: var(--page); color: var(--text);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 26px; overflow-wrap: anywhere; }
-h2 { margin: 36px 0 12px; font-size: 18px; }
-small, .dim { color: var(--dim); }
 .bar { height: 6px; margin: 12px 0 20px; border-radius: 3px; background: var(--rule); overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--accent); }
 .tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); }
 .tiles div, .chart { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 12px 14px; }
 .tiles b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
 .charts { display: grid; gap: 14px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); }
-figure { margin: 0; }
 .chart figcaption { min-height: 2.9em; }
 .chart output { display: block; min-height: 1.4em; font-size: 13px; color: var(--dim);
   font-variant-numeric: tabular-nums; }
@@ -74,18 +63,7 @@ const slider = document.querySelector("#samples input"), grids = document.queryS
 slider?.addEventListener("input", () => grids.forEach((grid, place) => { grid.hidden = place !== +slider.value; }));
 """
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'">
-<title>$title</title>
-<style>$style</style>
-</head>
-<body>
-<header>
+BODY = Template("""<header>
 <h1>$title</h1>
 <div class="dim">$phase &middot; $progress &middot; written $written</div>
 <div class="bar"><i style="width:$percent"></i></div>
@@ -97,7 +75,4 @@ $samples
 $plan
 $environment
 <section><h2>Recipe</h2><details open><summary>recipe.yaml, as resolved</summary><pre>$recipe</pre></details></section>
-<script>$script</script>
-</body>
-</html>
 """)

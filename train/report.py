@@ -7,7 +7,6 @@ only what the run has written, so it may be made while the run goes on. Everythi
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import math
 import statistics
@@ -20,9 +19,10 @@ import yaml
 
 from diffusion.errors import GazeError
 from diffusion.files import replacing_file
+from pipelines.page import page, png_uri
 
 from .charts import Points, chart, short, smooth
-from .page import PAGE, SCRIPT, STYLE
+from .page import BODY, SCRIPT, STYLE
 
 MOST_GRIDS = 60  # on the page, evenly over the run
 CHARTS = {  # in this order, then what else was logged; a name also holds the names that follow it with a slash
@@ -88,10 +88,9 @@ def render(run: Path, rows: list[Row]) -> str:
     seen, pictures = rows[-1]["pictures"], recipe.get("pictures")
     total = pictures if _is_number(pictures) and pictures > 0 else seen
     share = min(seen / total, 1.0) if total else 1.0
-    return PAGE.substitute(
-        style=STYLE,
-        script=SCRIPT,
-        title=escape(run.resolve().name),
+    title = escape(run.resolve().name)
+    body = BODY.substitute(
+        title=title,
         phase=escape(str(recipe.get("phase", ""))),
         progress=escape(f"{seen:,} of {total:,} pictures ({share:.0%}){_left(curves, seen, total)}"),
         percent=f"{share:.1%}",
@@ -103,6 +102,7 @@ def render(run: Path, rows: list[Row]) -> str:
         environment=_environment(starts),
         recipe=escape(recipe_text),
     )
+    return page(title, STYLE, body, SCRIPT)
 
 
 def read_curves(rows: list[Row]) -> dict[str, list[tuple[float, float]]]:
@@ -170,10 +170,10 @@ def _samples(folder: Path, recipe: Row) -> str:
     figures = []
     for number in chosen:
         shown = "" if number == last else " hidden"
-        content = base64.b64encode(grids[number].read_bytes()).decode("ascii")
+        content = png_uri(grids[number].read_bytes())
         stem = grids[number].stem
         name = escape(f"{int(stem):,} pictures" if stem.isdecimal() else stem)
-        image = f'<img alt="samples after {name}" src="data:image/png;base64,{content}">'
+        image = f'<img alt="samples after {name}" src="{content}">'
         figures.append(f"<figure{shown}>{image}<figcaption>after {name}</figcaption></figure>")
     slider = (f'<input type="range" min="0" max="{len(chosen) - 1}" value="{len(chosen) - 1}" '
               'aria-label="samples over time">') if len(chosen) > 1 else ""  # fmt: skip
