@@ -166,7 +166,7 @@ def insertion(pipe: TextToImage, scenes: dict[int, Scene], batch: int, options: 
             broken = [
                 check(scenes[number].facts, see(image)) for number, image in zip(prompts, to_pil(pixels), strict=True)
             ]
-            right = sum(FACTS[kind] not in each for each in broken)
+            right = sum(not {FACTS[kind], "count"} & {*each} for each in broken)  # what is missing has no colour
             shares.append(shown((right / len(prompts), *wilson(right, len(prompts)))))
         rows.append([kind, str(len(prompts)), *shares])
     return table(["fact of the word", "n", *(f"weight {weight:g}" for weight in WEIGHTS)], rows)
