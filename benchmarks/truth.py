@@ -229,13 +229,18 @@ def main() -> None:
     before, measured = alike(calibration, found)
     if not measured:
         raise SystemExit("no picture shows what its caption says, so there is nothing to hold a map against")
-    print(f"## Maps against masks (mIoU)\n{agreement(before, measured)}", flush=True)
+    section("Maps against masks (mIoU)", agreement(before, measured))
     layers, steps = (courses(before, measured, axis) for axis in ("layer", "step"))
-    print(f"## By layer\n{course_table('layer', layers)}\n## By step\n{course_table('step', steps)}", flush=True)
+    section("By layer", course_table("layer", layers))
+    section("By step", course_table("step", steps))
     if arguments.plot is not None:
         arguments.plot.write_text(plot(layers, steps))
-    print(f"## A word removed or swapped\n{deletion(pipe, before, measured, scenes, arguments.batch, options)}")
-    print(f"## A word weighted inside attention\n{insertion(pipe, scenes, arguments.batch, options)}")
+    section("A word removed or swapped", deletion(pipe, before, measured, scenes, arguments.batch, options))
+    section("A word weighted inside attention", insertion(pipe, scenes, arguments.batch, options))
+
+
+def section(title: str, text: str) -> None:
+    print(f"## {title}\n{text}", flush=True)
 
 
 if __name__ == "__main__":
