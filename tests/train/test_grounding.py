@@ -200,6 +200,7 @@ def test_a_stopped_run_goes_on_to_the_bit_and_not_with_other_masks(make, vae, tm
         (lambda row: row.update(masks="../1.png"), "line 2: there are no masks"),
         (lambda row: row["words"][0].update(objects=[-1]), "line 2: an object's number"),
         (lambda row: row["words"][0].update(objects=0), "line 2: masks without their words"),
+        (lambda row: row.update(text=[row["text"]]), "line 2: masks without their words"),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, change, says):

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.errors import GazeError
-from diffusion.text import WORD
+from diffusion.text import words_in
 
 from .decode import Size, part_of
 from .stream import Sample
@@ -62,15 +62,7 @@ class Masks:
     def covered(self, name: str, sample: Sample, size: Size) -> Tensor:
         """masks_OHW in 0 to 1: how much of each cell of the sample, in a grid of `size`, each of its objects covers.
         name: of the sample's picture. Raises GazeError where the file is not what it should be."""
-        file = self.marked[name].file
-        try:
-            with Image.open(file) as picture:
-                levels = picture.convert("L")
-        except Exception as error:  # Pillow raises whatever a broken file makes it
-            raise GazeError(f"{file} cannot be opened: {error}", "the masks of the picture of that name") from None
-        if (levels.height, levels.width) != sample.original:
-            given, right = (f"{width} x {height}" for height, width in ((levels.height, levels.width), sample.original))
-            raise GazeError(f"{file} has {given} pixels, its picture has {right}", "masks of the picture's size")
+        levels = _opened(self.marked[name].file, sample.original)
         part = part_of(sample.original, sample.size, sample.crop, sample.flipped)
         count = 1 + max((number for objects in self.marked[name].objects for number in objects), default=-1)
         masks_OHW = torch.zeros(count, *size)
@@ -89,15 +81,29 @@ class Masks:
         return total.hexdigest()
 
 
+def _opened(file: Path, size: Size) -> Image.Image:
+    """The masks of a picture of this size."""
+    try:
+        with Image.open(file) as picture:
+            given = picture.height, picture.width
+            levels = picture.convert("L") if given == size else None
+    except Exception as error:  # Pillow raises whatever a broken file makes it
+        raise GazeError(f"{file} cannot be opened: {error}", "the masks of the picture of that name") from None
+    if levels is None:
+        found, right = (f"{width} x {height}" for height, width in (given, size))
+        raise GazeError(f"{file} has {found} pixels, its picture has {right}", "masks of the picture's size")
+    return levels
+
+
 def _marked(row: dict[str, Any], folder: Path, where: str) -> Marked:
     try:
-        file = folder / row["masks"]
+        text, file = row["text"], folder / row["masks"]
+        said, _ = words_in(text, ())
         words = [(str(word["text"]), tuple(map(int, word["objects"]))) for word in row["words"]]
     except (KeyError, TypeError, ValueError) as error:
         raise GazeError(f"{where}: masks without their words ({type(error).__name__}: {error})", EXAMPLE) from None
-    said = [found[0] for found in WORD.finditer(row["text"])] if isinstance(row["text"], str) else row["text"]
     if said != [text for text, _ in words]:
-        raise GazeError(f"{where}: the caption is {row['text']!r}, but its words are {[text for text, _ in words]}",
+        raise GazeError(f"{where}: the caption is {text!r}, but its words are {[text for text, _ in words]}",
                         "one caption, and all of its words in their order")  # fmt: skip
     if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
         raise GazeError(f"{where}: there are no masks {row['masks']!r} in the folder", "its path within the folder")
