@@ -157,19 +157,28 @@ def insertion(pipe: TextToImage, scenes: dict[int, Scene], batch: int, options: 
         kind = min(places, key=lambda name: len(chosen[name]))
         said[places[kind]] = f"({said[places[kind]]}:{{weight}})"
         chosen[kind][number] = " ".join(said)
-    rows = []
-    for kind, prompts in chosen.items():
-        shares = []
-        for weight in WEIGHTS if prompts else ():
-            weighted = [prompt.format(weight=weight) for prompt in prompts.values()]
-            pixels = redrawn(pipe, weighted, torch.tensor([*prompts]), batch, {**options, "weighting": "attention"})
-            broken = [
-                check(scenes[number].facts, see(image)) for number, image in zip(prompts, to_pil(pixels), strict=True)
-            ]
-            right = sum(not {FACTS[kind], "count"} & {*each} for each in broken)  # what is missing has no colour
-            shares.append(shown((right / len(prompts), *wilson(right, len(prompts)))))
-        rows.append([kind, str(len(prompts)), *shares])
+    counts = {kind: len(prompts) for kind, prompts in chosen.items() if prompts}
+    rights = {
+        kind: [right_facts(pipe, kind, chosen[kind], scenes, weight, batch, options) for weight in WEIGHTS]
+        for kind in counts
+    }
+    rights["all"], counts["all"] = [sum(each) for each in zip(*rights.values(), strict=True)], len(scenes)
+    rows = [
+        [kind, str(counts[kind]), *(shown((right / counts[kind], *wilson(right, counts[kind]))) for right in each)]
+        for kind, each in rights.items()
+    ]
     return table(["fact of the word", "n", *(f"weight {weight:g}" for weight in WEIGHTS)], rows)
+
+
+def right_facts(
+    pipe: TextToImage, kind: str, prompts: dict[int, str], scenes: dict[int, Scene], weight: float, batch: int,
+    options: dict[str, Any],
+) -> int:  # fmt: skip
+    """In how many pictures of the prompts, by their seeds, the fact of this kind is right."""
+    weighted = [prompt.format(weight=weight) for prompt in prompts.values()]
+    pixels = redrawn(pipe, weighted, torch.tensor([*prompts]), batch, {**options, "weighting": "attention"})
+    broken = [check(scenes[number].facts, see(image)) for number, image in zip(prompts, to_pil(pixels), strict=True)]
+    return sum(not {FACTS[kind], "count"} & {*each} for each in broken)  # what is missing has no colour
 
 
 # The figure
