@@ -45,6 +45,13 @@ class Reading(NamedTuple):
     dropped: str
 
 
+def words_in(text: str, begins: Sequence[int], first: int = 0) -> tuple[list[str], list[int]]:
+    """The words of a text, and to which of them, counted from `first`, tokens belong that begin at these places."""
+    found = [*WORD.finditer(text)]
+    starts = [word.start() for word in found]
+    return [word[0] for word in found], [first + max(bisect_right(starts, begin) - 1, 0) for begin in begins]
+
+
 class TextEncoder:
     """window: S, the tokens of every prompt. width: E. penultimate: the states are those before the last layer, as SDXL
     reads them. Raises GazeError when model and tokenizer do not belong together."""
@@ -99,10 +106,8 @@ class TextEncoder:
         for part in parse(prompt):
             ids, begins = self.tokenizer.split(part.text)
             weights = part.weights_at(begins)
-            found = [*WORD.finditer(part.text)]
-            starts = [word.start() for word in found]
-            numbers = [len(words) + max(bisect_right(starts, begin) - 1, 0) for begin in begins]
-            words += [word[0] for word in found]
+            found, numbers = words_in(part.text, begins, len(words))
+            words += found
             for start in range(0, max(len(ids), 1), inside):
                 if len(rows) < MOST_CHUNKS:
                     here = slice(start, start + inside)
@@ -111,6 +116,14 @@ class TextEncoder:
                     left.append(part.text[begins[start] :].strip() if ids else "")
                     break
         return Reading(tuple(rows), tuple(words), " ".join(filter(None, [*left, beyond.strip()])))
+
+    def plain(self, caption: str) -> Reading:
+        """A caption as `tokens` reads it: one chunk, without the grammar of weights, cut to the window."""
+        ids, begins = self.tokenizer.split(caption)
+        inside = self.window - 2
+        words, numbers = words_in(caption, begins)
+        dropped = caption[begins[inside] :].strip() if len(ids) > inside else ""
+        return Reading((Chunk(ids[:inside], [1.0] * len(ids[:inside]), numbers[:inside]),), tuple(words), dropped)
 
     def states(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor | None]:
         """What a U-Net may read of token ids: states BSE and the pooled vector BP, which is the state at the prompt's

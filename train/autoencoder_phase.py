@@ -55,6 +55,9 @@ class AutoencoderPhase:
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean((1, 2, 3))
         return error + self.recipe.objective.kl_weight * kl
 
+    def observe(self, samples: list[Sample], u_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return self.loss(self.module, samples, u_B), {}
+
     def levels(self, u_B: Tensor) -> list[float]:
         return []
 

@@ -123,6 +123,7 @@ class Objective(Section):
     weighting: Literal["uniform", "min_snr", "soft_min_snr", "edm"] = "uniform"
     gamma: Annotated[Real, Field(gt=0)] = 5.0  # of min_snr and soft_min_snr
     offset_noise: Annotated[Real, Field(ge=0)] = 0.0  # deviation of a constant added to each channel's noise
+    grounding: Annotated[Real, Field(ge=0)] = 0.0  # of attention that lies beside the masks of its words' objects
     noises: Few = 1  # drawn per picture, of which the nearest to its latents is taken (immiscible diffusion)
     kl_weight: Annotated[Real, Field(ge=0)] = 1e-6  # of the autoencoder phase, per latent value
 
@@ -160,6 +161,7 @@ class Validation(Section):
     seed: NotNegative = 0
     bins: Few = 8  # of noise level, for the held-out loss
     pictures: Positive = 256  # at most so many of the held-out ones
+    attention: bool = False  # log how these attend to the words of their captions
 
 
 class Recipe(Section):
@@ -196,6 +198,13 @@ class Recipe(Section):
             raise ValueError(f"pictures {self.pictures} is less than batch_size {self.batch_size}: not one step")
         if self.validation.every and not self.validation.prompts and not data.held_out and self.phase != "autoencoder":
             raise ValueError("validation.every is set, but validation.prompts is empty and data.held_out is 0")
+        if self.validation.attention and (self.phase != "diffusion" or not data.held_out):
+            raise ValueError("validation.attention is of held-out pictures of phase diffusion; it needs data.held_out")
+        if self.objective.grounding and (self.phase != "diffusion" or data.folder is None):
+            raise ValueError("objective.grounding is of phase diffusion, with the masks of a data.folder")
+        if self.objective.grounding and (self.gradient_checkpointing or self.compile):
+            option = "gradient_checkpointing" if self.gradient_checkpointing else "compile"
+            raise ValueError(f"objective.grounding needs the weights of attention, which {option} does not keep")
         if data.crop == "random" and data.cache_latents and self.phase != "autoencoder":
             raise ValueError("data.crop=random gives other latents at each visit; it needs data.cache_latents=false")
         if self.model.lora.rank and self.model.init_from is None:

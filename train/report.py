@@ -28,6 +28,10 @@ MOST_GRIDS = 60  # on the page, evenly over the run
 CHARTS = {  # in this order, then what else was logged; a name also holds the names that follow it with a slash
     "loss": ("Loss", "of the pictures of each interval"),
     "held_out_loss": ("Held-out loss", "of pictures never trained on, averaged weights; by noise level, sigma"),
+    "attention_entropy": ("Entropy of the words' maps", "nats, mean over the words of held-out captions"),
+    "attention_spread": ("Spread of the words' maps", "their entropy as a share of a uniform map's"),
+    "attention_overlap": ("Overlap of words", "of two side by side, as red and circle, and of all others"),
+    "attention_share": ("What attention goes to", "shares of words and of special tokens"),
     "gradient_norm": ("Gradient norm", "before clipping"),
     "learning_rate": ("Learning rate", ""),
     "pictures_per_second": ("Pictures per second", "without validation and checkpoints"),

@@ -61,6 +61,9 @@ class TextPhase:
         foretold = module(self._tokens([sample.caption for sample in samples]))
         return (foretold.float() - self.latents.draw(samples)).square().mean((1, 2, 3))
 
+    def observe(self, samples: list[Sample], u_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+        return self.loss(self.module, samples, u_B), {}
+
     def levels(self, u_B: Tensor) -> list[float]:
         return []
 

@@ -53,6 +53,9 @@ class Watched(Protocol):
     def loss(self, module: nn.Module, samples: list[Any], u_B: Tensor | None = None) -> Tensor:
         """The loss of each sample, B. u_B: each sample's quantile of the density of noise levels."""
 
+    def observe(self, samples: list[Any], u_B: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """`loss` of one sample at several quantiles, and figures of how the network came to it."""
+
     def levels(self, u_B: Tensor) -> list[float]:
         """The noise level, sigma, at each of these quantiles; none where the phase has no noise levels."""
 
@@ -100,7 +103,7 @@ def held_out_losses(
     recipe: Recipe, phase: Watched, held_out: Samples, processes: Processes, stopping: Callable[[], bool]
 ) -> dict[str, float]:
     """`held_out_loss`, and for the diffusion phase `held_out_loss/sigma_S` for each bin, S its noise level, the least
-    first.
+    first. With validation.attention also the figures of `attention_figures`, the mean over the pictures that have them.
 
     A picture meets the middle quantile of every bin, with the noise of its position, in a batch of its own: the
     result is a function of the weights alone, to the bit, however many processes share the work. {} when stopped.
@@ -108,16 +111,18 @@ def held_out_losses(
     bins = recipe.validation.bins if recipe.phase == "diffusion" else 1
     u_B = (torch.arange(bins, dtype=torch.float64) + 0.5) / bins
 
-    def loss(position: int) -> list[float]:
-        return phase.loss(phase.module, [held_out[position]] * bins, u_B).double().tolist()
+    def observed(position: int) -> tuple[list[float], dict[str, float]]:
+        loss_B, figures = phase.observe([held_out[position]] * bins, u_B)
+        return loss_B.double().tolist(), figures
 
-    pictures = min(recipe.validation.pictures, len(held_out))
-    losses = shared(pictures, loss, processes, stopping)
-    if not losses:
+    found = shared(min(recipe.validation.pictures, len(held_out)), observed, processes, stopping)
+    if not found:
         return {}
-    means = [math.fsum(column) / pictures for column in zip(*losses, strict=True)]
+    losses, figures = zip(*found, strict=True)
+    means = [_mean(column) for column in zip(*losses, strict=True)]
     names = [f"held_out_loss/sigma_{sigma:.4g}" for sigma in phase.levels(u_B)]
-    return {"held_out_loss": math.fsum(means) / bins, **dict(zip(names, means, strict=False))}
+    others = {name: _mean([own[name] for own in figures if name in own]) for own in figures for name in own}
+    return {"held_out_loss": _mean(means), **dict(zip(names, means, strict=False)), **others}
 
 
 def shared(
@@ -155,6 +160,10 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _attempt(compute: Callable[[int], Any], number: int) -> tuple[Any, bool]:

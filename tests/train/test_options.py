@@ -66,6 +66,7 @@ ELSEWHERE = {
     "objective.weighting": "test_objectives::test_weightings",
     "objective.gamma": "test_objectives::test_weightings",
     "objective.offset_noise": "test_objectives::test_offset_noise",
+    "objective.grounding": "test_grounding::test_it_is_added_to_the_loss_as_often_as_the_recipe_says",
     "objective.noises": "test_objectives::test_the_nearest_of_several_noises",
     "optimizer.name": "test_optimizer::test_muon_trains_what_maps_states_to_states",
     "optimizer.learning_rate": "test_optimizer::test_the_learning_rate_is_its_closed_form",
@@ -82,6 +83,7 @@ ELSEWHERE = {
     "ema.widths": "test_snapshots::test_a_run_stores_them_resumes_them_and_exports_any_width",
     "validation.every": "test_loop::test_validation_on_or_off_gives_the_same_bits",
     "validation.prompts": "test_loop::test_validation_on_or_off_gives_the_same_bits",
+    "validation.attention": "test_attention::test_a_run_logs_and_reports_it_and_changes_no_bit",
     "validation.bins": "test_validation::test_bins_and_pictures_are_what_the_recipe_says",
     "validation.pictures": "test_validation::test_bins_and_pictures_are_what_the_recipe_says",
 }

@@ -48,6 +48,9 @@ class Small:
         noise = [randomness(0, sample.position, "noise").standard_normal() for sample in samples]
         return module[0].weight[0, 0] * (u_B + torch.tensor(noise)).square()
 
+    def observe(self, samples, u_B):
+        return self.loss(self.module, samples, u_B), {"position": float(samples[0].position)}
+
     def levels(self, u_B):
         return (10 * u_B).tolist()
 
@@ -120,20 +123,21 @@ def test_each_bin_has_the_mean_over_the_pictures_at_its_middle_quantile(recipe):
     for number in range(4):
         expected = 2 * np.square((number + 0.5) / 4 + noise).mean()
         assert found[f"held_out_loss/sigma_{10 * (number + 0.5) / 4:g}"] == pytest.approx(expected, rel=1e-6)
-    assert found["held_out_loss"] == pytest.approx(np.mean([*found.values()][1:]))
+    assert found["held_out_loss"] == pytest.approx(np.mean([*found.values()][1:5]))
     assert found == alone(recipe())
-    assert len(found) == 5
+    assert found["position"] == 3
+    assert len(found) == 6
 
 
 def test_bins_and_pictures_are_what_the_recipe_says(recipe):
-    assert len(alone(recipe(bins=2))) == 3
+    assert len(alone(recipe(bins=2))) == 4
     phase = Small()
     few = alone(recipe(pictures=3), phase)
     assert phase.calls == 3
     assert few == alone(recipe(), held_out=HELD_OUT[:3]) != alone(recipe())
     text = recipe().model_copy(update={"phase": "text"})
     phase.levels = lambda u_B: []
-    assert alone(text, phase).keys() == {"held_out_loss"}
+    assert alone(text, phase).keys() == {"held_out_loss", "position"}
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])

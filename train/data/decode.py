@@ -30,14 +30,10 @@ def decode(
     """
     picture = open_picture(file, background)
     original = picture.height, picture.width
-    rows, columns = _covering(original, size)
-    top, left = crop_of(original, size, crop_at, flipped=False)
-    down, right = original[0] / rows, original[1] / columns  # pixels of the file in one of the resized picture
-    bottom, end = min((top + size[0]) * down, original[0]), min((left + size[1]) * right, original[1])
+    crop = crop_of(original, size, crop_at, flipped)
     # Only what is kept is computed: the rest of a picture of one row of pixels would fit no memory.
-    sample = picture.resize(size[::-1], Image.Resampling.LANCZOS, (left * right, top * down, end, bottom))
-    pixels_CHW = to_tensor(ImageOps.mirror(sample) if flipped else sample)[0]
-    return pixels_CHW, original, crop_of(original, size, crop_at, flipped)
+    sample = picture.resize(size[::-1], Image.Resampling.LANCZOS, part_of(original, size, crop, flipped))
+    return to_tensor(ImageOps.mirror(sample) if flipped else sample)[0], original, crop
 
 
 def crop_of(original: Size, size: Size, crop_at: tuple[float, float], flipped: bool) -> tuple[int, int]:
@@ -46,6 +42,16 @@ def crop_of(original: Size, size: Size, crop_at: tuple[float, float], flipped: b
     rows, columns = _covering(original, size)
     top, left = round(crop_at[0] * (rows - size[0])), round(crop_at[1] * (columns - size[1]))
     return top, columns - size[1] - left if flipped else left
+
+
+def part_of(original: Size, size: Size, crop: tuple[int, int], flipped: bool) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of a sample in its picture before resizing and mirroring, in pixels of the picture.
+    crop: as `crop_of` says it for the others."""
+    rows, columns = _covering(original, size)
+    top, left = crop[0], columns - size[1] - crop[1] if flipped else crop[1]
+    down, right = original[0] / rows, original[1] / columns  # pixels of the file in one of the resized picture
+    end, bottom = min((left + size[1]) * right, original[1]), min((top + size[0]) * down, original[0])
+    return left * right, top * down, end, bottom
 
 
 def _covering(original: Size, size: Size) -> Size:
