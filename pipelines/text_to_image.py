@@ -244,14 +244,17 @@ class TextToImage:
         parts: list[tuple[list[int], Denoise]] = []
         guided, lengths = plan.guidance.scale != 1, plan.chunks
         model, sigmas = self.model, plan.trajectory.sigmas[plan.first :]
-        for length in sorted(set(lengths)):
-            rows = [row for row, own in enumerate(lengths) if own == length]
-            condition = self._encode(plan, [plan.prompts[row] for row in rows], length)
-            empty = self._encode(plan, [plan.negative_prompts[row] for row in rows], length) if guided else None
-            beside = None if beside_BCHW is None else beside_BCHW[rows]
-            denoiser = Denoiser(model.unet, model.schedule, condition, empty, plan.guidance, sigmas, beside)
-            alone = denoiser if around is None else around(denoiser, rows)
-            parts.append((rows, self._excited(plan, rows, length, denoiser, alone) if plan.excite else alone))
+        with ExitStack() as stack:
+            for text in model.texts.values():
+                stack.enter_context(visiting(text.model, self.device))
+            for length in sorted(set(lengths)):
+                rows = [row for row, own in enumerate(lengths) if own == length]
+                condition = self._encode(plan, [plan.prompts[row] for row in rows], length)
+                empty = self._encode(plan, [plan.negative_prompts[row] for row in rows], length) if guided else None
+                beside = None if beside_BCHW is None else beside_BCHW[rows]
+                denoiser = Denoiser(model.unet, model.schedule, condition, empty, plan.guidance, sigmas, beside)
+                alone = denoiser if around is None else around(denoiser, rows)
+                parts.append((rows, self._excited(plan, rows, length, denoiser, alone) if plan.excite else alone))
         if len(parts) == 1:
             return parts[0][1]
 
@@ -275,8 +278,5 @@ class TextToImage:
         """One row per prompt; a prompt that occurs again is encoded once. None is a row of zeros."""
         distinct = list(dict.fromkeys(prompts))
         readings = [None if prompt is None else plan.readings[prompt] for prompt in distinct]
-        with ExitStack() as stack:
-            for text in self.model.texts.values():
-                stack.enter_context(visiting(text.model, self.device))
-            condition = self.model.encode(readings, plan.sizes, chunks, plan.weighting)
+        condition = self.model.encode(readings, plan.sizes, chunks, plan.weighting)
         return condition.pick([distinct.index(prompt) for prompt in prompts])
