@@ -78,16 +78,16 @@ def attending(places: Sequence[Site], attend: Callable[..., Tensor]) -> Iterator
     Afterwards, also after an error, every layer is as before.
     """
     thread, before = get_ident(), []
-    with _lock:
-        for site in places:
-            seam = vars(site.layer).get("attend")
-            if not isinstance(seam, Seam):
-                seam = Seam(site.layer)
-                site.layer.attend = seam
-            was = seam.by_thread.get(thread)
-            before.append((site.layer, seam, was))
-            seam.by_thread[thread] = partial(attend, site, was or seam.usual)
     try:
+        with _lock:
+            for site in places:
+                seam = vars(site.layer).get("attend")
+                if not isinstance(seam, Seam):
+                    seam = Seam(site.layer)
+                    site.layer.attend = seam
+                was = seam.by_thread.get(thread)
+                before.append((site.layer, seam, was))
+                seam.by_thread[thread] = partial(attend, site, was or seam.usual)
         yield
     finally:
         with _lock:

@@ -93,7 +93,8 @@ def excited(denoise: Denoise, denoiser: Denoiser, tokens: Tokens, sigmas: Sequen
             input_BCHW = (denoiser.schedule.scaling(level).c_in * x_BCHW).detach().requires_grad_()
             least_B = strongest(places, predict, input_BCHW, sigma, tokens).amin(1)
             (slope_BCHW,) = torch.autograd.grad(least_B.sum(), input_BCHW)
-        spread_B111 = slope_BCHW.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-30)  # 0 moves nothing
+        # 0 moves nothing, and less than the smallest number that has a square moves little.
+        spread_B111 = slope_BCHW.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-19)
         lacking_B111 = (1 - least_B.detach())[:, None, None, None]
         return clean_BCHW + (STRENGTH * deviation) * lacking_B111 * slope_BCHW / spread_B111
 

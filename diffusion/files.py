@@ -35,9 +35,11 @@ M = TypeVar("M", bound=torch.nn.Module)
 @contextmanager
 def replacing(folder: str | Path, marks: Sequence[str] = MARKS, kind: str = "a model") -> Iterator[Path]:
     """Gives a new folder to write into; after the block it stands in the place of `folder`, after an error nothing
-    has changed. Raises GazeError when `folder` has content that is not of this kind, because it has none of its marks:
-    it would be lost."""
-    folder = Path(folder)
+    has changed. Raises GazeError when `folder` is a file, or has content that is not of this kind, because it has none
+    of its marks: it would be lost."""
+    folder = Path(os.path.realpath(folder))  # a link stays one: what it leads to is replaced
+    if folder.exists() and not folder.is_dir():
+        raise GazeError(f"{folder} is a file; it is not overwritten", "another folder")
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in marks):
         raise GazeError(f"{folder} holds something that is not {kind}; it is not overwritten", "another folder")
     aside = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")

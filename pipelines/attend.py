@@ -74,8 +74,10 @@ def numbers_of(text: str | None, option: str) -> list[int] | None:
         return None
     if not re.fullmatch(r"\d{1,5}(:\d{1,5})?(,\d{1,5}(:\d{1,5})?)*", text):
         raise typer.BadParameter(f"{text!r} is not numbers such as 1:10 or 1,5,9", param_hint=option)
-    ends = [part.partition(":") for part in text.split(",")]
-    return [number for low, _, high in ends for number in range(int(low), int(high or low) + 1)]
+    ends = [(int(low), int(high or low)) for low, _, high in (part.partition(":") for part in text.split(","))]
+    if any(low > high for low, high in ends):
+        raise typer.BadParameter(f"{text!r} counts down; the lower number comes first", param_hint=option)
+    return [number for low, high in ends for number in range(low, high + 1)]
 
 
 def pixel_of(text: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from .text_to_image import Preview
 from .word_maps import Maps, PixelMaps, WordMaps
 
 PAGE, PICTURE, SHEET, ARRAYS = "index.html", "picture.png", "sheet.png", "maps.safetensors"
+OURS = (PAGE, PICTURE, SHEET, ARRAYS, "word-*.png", "pixel-*.png")
 COLUMNS = 6  # of the sheet
 SPECIAL = (START, END, PADDING)
 
@@ -49,6 +51,9 @@ def write_attention(
     """
     if folder.resolve() in (here := Path.cwd(), *here.parents):
         raise GazeError(f"{str(folder)!r} is the folder that you are in", "a new one: -o attention")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not any(fnmatchcase(path.name, ours) for ours in OURS):
+            raise GazeError(f"{str(path)!r} would be lost: it is not of an earlier run", "another folder with -o")
     pipe = open_model(settings)
     wanted = {**settings, **options, "word_maps": True, "map_each_step": True}
     pipe.plan(Request(**request(wanted)))

@@ -52,6 +52,7 @@ const stage = document.querySelector(".stage"), slider = document.querySelector(
 const mark = stage.querySelector("i"), said = document.querySelector("#said"), here = document.querySelector("#here");
 const canvas = stage.querySelector("canvas"), paint = canvas.getContext("2d", { willReadFrequently: true });
 const buttons = [...document.querySelectorAll("button")], frames = slider.dataset.frames.split(" ");
+const apart = name => "\\u2068" + name + "\\u2069";  // its direction is its own
 const percent = share => (share >= 0.0995 ? Math.round(100 * share) : +(100 * share).toPrecision(2)) + " %";
 let maps = [], colours, pinned = null, shown = null;
 
@@ -87,7 +88,7 @@ const draw = () => {
   mark.style.left = 100 * button.dataset.right + "%";
   mark.style.top = 100 * button.dataset.down + "%";
   document.querySelector("#most").textContent = percent(map.most[frame]);
-  said.textContent = button.dataset.name + ": " + (button.dataset.kind === "pixel" ?
+  said.textContent = apart(button.dataset.name) + ": " + (button.dataset.kind === "pixel" ?
     "most on one pixel, " + percent(map.most[frame]) + " of its attention" :
     "at most " + percent(map.most[frame]) + " of a pixel's attention, " + percent(map.mean[frame]) + " on average");
 };
@@ -127,7 +128,7 @@ stage.addEventListener("pointermove", event => {
     return [button, map.data[4 * at] / 255 * map.most[frame]];
   }).filter(([button]) => button.dataset.kind === "word").sort((a, b) => b[1] - a[1]).slice(0, 3);
   here.textContent = found.length === 0 ? "" :
-    "Here: " + found.map(([button, value]) => button.dataset.name + " " + percent(value)).join(", ");
+    "Here: " + found.map(([button, value]) => apart(button.dataset.name) + " " + percent(value)).join(", ");
 });
 """
 
@@ -198,8 +199,8 @@ def _button(entry: Entry, frames_THW: Tensor) -> str:
     right, down = entry.place
     return (
         f'<button type="button" aria-pressed="false" data-kind="{entry.kind}" data-name="{escape(entry.name)}" '
-        f'data-most="{most}" data-mean="{mean}" data-right="{right:.4f}" data-down="{down:.4f}">{escape(entry.name)} '
-        f'<small></small><img hidden alt="" src="{png_uri(content)}"></button>\n'
+        f'data-most="{most}" data-mean="{mean}" data-right="{right:.4f}" data-down="{down:.4f}">'
+        f'<bdi>{escape(entry.name)}</bdi> <small></small><img hidden alt="" src="{png_uri(content)}"></button>\n'
     )
 
 

@@ -25,7 +25,7 @@ from diffusion.samplers import Denoise
 from diffusion.words import words_of
 
 from .canvas import canvas
-from .checks import number
+from .checks import number, whole
 from .request import Plan, Request
 from .text_to_image import Preview, TextToImage
 
@@ -68,20 +68,23 @@ def edit(
     then guided away from the source's prompt, if no negative prompt is given (Miyake et al. 2023): this is no guidance
     for the source, so that it becomes the picture again. show: is shown every step.
     Raises GazeError for prompts whose words do not align, a weighed word that is not in the target, shares that are
-    none, and as `TextToImage.plan`.
+    none, a model without attention to the text, and as `TextToImage.plan`.
     """
     shares = {"cross_steps": cross_steps, "self_steps": self_steps}
     for name, share in shares.items():
         if not 0 <= number(name, share) <= 1:
             raise GazeError(f"{name} is {share}", "a share of the steps, from 0 to 1")
-    for name in ("word_maps", "pixel_maps"):
-        if options.get(name):
-            raise GazeError(f"{name} was given, but an edit has none", f"the maps of one prompt: pipe(..., {name}=...)")
+    crossing = sites(pipe.model.unet, cross=True)
+    if not crossing:
+        raise GazeError("an edit needs attention to the text, which this model does not have", "another model")
+    resolution, rounds = whole("resolution", resolution, 1), whole("rounds", rounds, 1)
     pixels_BCHW = _opened(pipe, options)
     if pixels_BCHW is not None:
         negative = options.get("negative_prompt")
         options |= {"negative_prompt": [source, source if negative is None else negative]}
     plan = pipe.plan(Request([source, target], **options))
+    if plan.maps is not None:
+        raise GazeError("word_maps or pixel_maps was given, but an edit has none", "the maps of one prompt, from pipe")
     if len(plan.prompts) != 2:
         raise GazeError(f"num_images is {options['num_images']}", "one edit at a time, with a seed each")
     for end in plan.dropped:
@@ -95,7 +98,6 @@ def edit(
 
     factor = pipe.model.autoencoder.factor
     size = (plan.height // factor, plan.width // factor)
-    crossing = sites(pipe.model.unet, cross=True)
     looking = [site for site in sites(pipe.model.unet, cross=False) if max(site.size(*size)) <= resolution]
     done, total = 0, len(plan.trajectory.sigmas) - 1
 

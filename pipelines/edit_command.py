@@ -34,15 +34,14 @@ def edit(
 ) -> None:
     """Draw a picture, and the same one with other words (prompt-to-prompt). With --init the first is a real picture,
     whose noise is found. Prints which word became which."""
-    from .files import check_writable, png_path
+    from .files import check_writable, png_path, unused
     from .png import save_png
     from .recall import OF_MODEL, SHIPPED
 
     settings = options.settings()
     weights = dict(_weight(text) for text in weight or [])
     folder = out.endswith("/") or os.path.isdir(out)
-    names = ("edit.png", "source.png", "target.png")
-    paths = [Path(out, name) for name in names] if folder else [png_path(out)]
+    paths = unused(Path(out), ("edit", "source", "target")) if folder else [png_path(out)]
     check_writable(paths[0].parent)
     with no_collection():
         from . import edit as editing

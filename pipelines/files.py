@@ -26,7 +26,7 @@ def plan_paths(out: str | None, prompts: Sequence[str], seeds: Sequence[int]) ->
     Raises GazeError for a suffix other than .png, and for places that cannot be written (see `check_writable`).
     """
     if out is None or out.endswith("/") or os.path.isdir(out):
-        paths = _unused(Path(out or "."), [f"{slug(p)}-{seed}" for p, seed in zip(prompts, seeds, strict=True)])
+        paths = unused(Path(out or "."), [f"{slug(p)}-{seed}" for p, seed in zip(prompts, seeds, strict=True)])
     else:
         paths = [png_path(out)] if len(prompts) == 1 and "{i}" not in out else _numbered(png_path(out), len(prompts))
     for folder in {path.parent for path in paths}:
@@ -63,7 +63,8 @@ def _numbered(path: Path, count: int) -> list[Path]:
     return [Path(pattern.replace("{i}", str(index))) for index in range(count)]
 
 
-def _unused(folder: Path, names: list[str]) -> list[Path]:
+def unused(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Paths of pictures of these names in a folder, numbered where a name is taken."""
     paths: list[Path] = []
     for name in names:
         path, again = folder / f"{name}.png", 2

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.errors import GazeError, nearest
+from diffusion.excite import coarse
 from diffusion.guidance import Guidance
 from diffusion.pretrained import Model
 from diffusion.samplers import Trajectory
@@ -174,6 +175,8 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
     if request.weighting not in WEIGHTINGS:
         raise GazeError(f"unknown weighting {request.weighting!r:.100}", nearest(str(request.weighting), WEIGHTINGS))
     excite = [] if request.excite in (None, [], ()) else texts("excite", request.excite)
+    if excite:
+        coarse(model.unet)
     guided = [negative for negative in negatives if negative is not None] if guidance.scale != 1 else []
     readings = {prompt: model.read(prompt) for prompt in dict.fromkeys([*prompts, *guided])}
     for prompt in prompts:

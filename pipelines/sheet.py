@@ -1,6 +1,7 @@
 """Contact sheets: many pictures in one, labelled."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
@@ -30,13 +31,13 @@ def grid(
     height = max(image.height for image in images) * scale
     font, line_height = _font(width)
     blocks = [_break_lines(label, width, font) for label in labels or [""] * len(images)]
-    label_height = line_height * max(len(block) for block in blocks)
-    rows = -(-len(images) // columns)
-    cell_width, cell_height = width + gap, height + label_height + gap
-    sheet = Image.new("RGB", (columns * cell_width + gap, rows * cell_height + gap), WHITE)
+    lines = [max(map(len, blocks[start : start + columns])) for start in range(0, len(blocks), columns)]  # of each row
+    tops = [*accumulate((height + line_height * count + gap for count in lines), initial=gap)]
+    cell_width = width + gap
+    sheet = Image.new("RGB", (columns * cell_width + gap, tops[-1]), WHITE)
     draw = ImageDraw.Draw(sheet)
     for index, (image, block) in enumerate(zip(images, blocks, strict=True)):
-        left, top = gap + index % columns * cell_width, gap + index // columns * cell_height
+        left, top = gap + index % columns * cell_width, tops[index // columns]
         sheet.paste(_enlarged(image, scale), (left, top))
         _write(draw, block, left, top + height, font, line_height)
     return sheet

@@ -106,7 +106,8 @@ def wanted_maps(unet: UNet, request: Request, height: int, width: int, total: in
             raise GazeError(f"{name} is {getattr(request, name)!r}", "True or False")
     chosen = {name: getattr(request, name) for name in ("map_layers", "map_steps", "map_heads")}
     given = [name for name, value in chosen.items() if value is not None] + ["map_each_step"] * request.map_each_step
-    if not request.word_maps and not request.pixel_maps:
+    places = _places(request.pixel_maps, height, width)
+    if not request.word_maps and not places:
         if given:
             raise GazeError(
                 f"{given[0]} was given, but no maps were asked for", "word_maps=True, or pixel_maps=[(x, y)]"
@@ -115,10 +116,10 @@ def wanted_maps(unet: UNet, request: Request, height: int, width: int, total: in
     patterns = None if request.map_layers is None else texts("map_layers", request.map_layers)
     layers = sites(unet, None, patterns)
     words = [site for site in layers if site.cross and request.word_maps]
-    pixels = [site for site in layers if not site.cross and request.pixel_maps]
+    pixels = [site for site in layers if not site.cross and places]
     for kind, found, asked in (
         ("the text", words, request.word_maps),
-        ("the picture itself", pixels, request.pixel_maps),
+        ("the picture itself", pixels, places),
     ):
         if asked and not found:
             among = "in this model" if patterns is None else f"among map_layers {patterns}"
@@ -126,7 +127,7 @@ def wanted_maps(unet: UNet, request: Request, height: int, width: int, total: in
     return Wanted(
         words,
         pixels,
-        _places(request.pixel_maps, height, width),
+        places,
         None if request.map_heads is None else _heads(request.map_heads, [*words, *pixels]),
         tuple(range(1, total + 1)) if request.map_steps is None else _steps(request.map_steps, total),
         request.map_each_step,
@@ -158,7 +159,9 @@ def _heads(value: Any, places: Sequence[Site]) -> list[int]:
 
 
 def _places(value: Any, height: int, width: int) -> tuple[tuple[int, int], ...]:
-    places = [two("a pixel of pixel_maps", place) for place in (_listed("pixel_maps", value) if value else ())]
+    if value is None or (isinstance(value, Sequence) and not value):
+        return ()
+    places = [two("a pixel of pixel_maps", place) for place in _listed("pixel_maps", value)]
     return tuple((whole("x of a pixel", x, 0, width - 1), whole("y of a pixel", y, 0, height - 1)) for x, y in places)
 
 

@@ -110,12 +110,17 @@ def test_any_text_is_a_prompt(gaze, model):
         (["red cat", "-o", "taken"], "taken holds something that is not maps of an earlier run"),
         (["red cat", "-o", "."], "'.' is the folder that you are in"),
         (["red cat", "-o", "file/out"], "cannot be written"),
+        (["red cat", "-o", "file"], "file is a file; it is not overwritten"),
+        (["red cat", "-o", "earlier"], "'earlier/edit.png' would be lost"),
     ],
 )
 def test_what_cannot_be_done_writes_nothing(gaze, model, tmp_path, arguments, message):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "novel.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
+    (tmp_path / "earlier").mkdir()
+    for name in ("maps.safetensors", "index.html", "edit.png"):
+        (tmp_path / "earlier" / name).touch()
     before = sorted(tmp_path.rglob("*"))
     code, out, err = gaze("attend", *arguments, "--model", model, *OPTIONS)
     assert (code, out) == (1, "")
@@ -125,7 +130,14 @@ def test_what_cannot_be_done_writes_nothing(gaze, model, tmp_path, arguments, me
 
 
 @pytest.mark.parametrize(
-    "arguments", [["cat", "--pixel", "3"], ["cat", "--record-steps", "2-4"], ["cat", "--heads", ""], []]
+    "arguments",
+    [
+        ["cat", "--pixel", "3"],
+        ["cat", "--record-steps", "2-4"],
+        ["cat", "--record-steps", "1,3:2"],
+        ["cat", "--heads", ""],
+        [],
+    ],
 )
 def test_wrong_usage(gaze, model, arguments):
     code, out, err = gaze("attend", *arguments, "--model", model)
@@ -145,6 +157,16 @@ def test_an_error_while_drawing_leaves_what_was_there(tmp_path):
         fail(tmp_path / "out")
     assert (tmp_path / "out" / "maps.safetensors").read_text() == "old"
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
+
+
+def test_what_a_link_leads_to_is_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    with replacing(tmp_path / "link") as aside:
+        (aside / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out"]
 
 
 # Colours
@@ -207,6 +229,7 @@ def test_the_page_asks_for_nothing_and_nothing_of_a_prompt_acts_in_it():
         assert not re.search(r"https?:|url\(|@import|fetch|innerHTML", part)
     assert [button["data-name"] for button in page.all("button")] == ["red", HOSTILE, "<start>", "3, 4"]
     assert page.texts["h1"] == [HOSTILE]
+    assert page.texts["bdi"] == ["red", HOSTILE, "<start>", "3, 4"]
     assert page.texts["h2"] == ["Words", "Special tokens", "Pixels"]
 
 
@@ -271,6 +294,6 @@ def test_a_browser_lights_a_word_and_walks_through_the_steps(gaze, model, tmp_pa
     )
     middle = 100 * maps.held_WHW[:2, 8, 8]
     names = [("red", "cat")[number] for number in middle.argsort(descending=True)]
-    found = re.fullmatch(r"Here: (\w+) ([\d.]+) %, (\w+) ([\d.]+) %", told["here"])
+    found = re.fullmatch(r"Here: \u2068(\w+)\u2069 ([\d.]+) %, \u2068(\w+)\u2069 ([\d.]+) %", told["here"])
     assert [found[1], found[3]] == names
     assert [float(found[2]), float(found[4])] == pytest.approx(middle.sort(descending=True).values.tolist(), rel=0.06)

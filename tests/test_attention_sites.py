@@ -141,6 +141,13 @@ def test_an_error_inside_leaves_all_as_it_was(unet, inside):
     assert torch.equal(run(unet), before)
 
 
+def test_an_error_on_the_way_in_leaves_all_as_it_was(unet):
+    first, second, *_ = sites(unet)
+    with pytest.raises(TypeError), attending([first, second._replace(layer=None)], double):
+        pass
+    assert plain(unet)
+
+
 def test_a_kernel_that_a_layer_had_of_its_own_comes_back(unet):
     place = sites(unet)[0]
 

@@ -173,7 +173,9 @@ def test_it_goes_with_other_options(pipe, options):
         (("a cat", "a dog"), {"self_steps": -0.1}, "self_steps is -0.1"),
         (("a cat", "a dog"), {"num_images": 2}, "num_images is 2"),
         (("a cat", "a dog"), {"image": Image.new("RGB", (32, 32)), "strength": 0.5}, "strength was given"),
-        (("a cat", "a dog"), {"word_maps": True}, "word_maps was given"),
+        (("a cat", "a dog"), {"word_maps": True}, "word_maps or pixel_maps was given"),
+        (("a cat", "a dog"), {"rounds": 1.5}, "rounds is 1.5"),
+        (("a cat", "a dog"), {"resolution": "32"}, "resolution is '32'"),
         (("a cat", "a dog"), {"image": "nowhere.png"}, "nowhere.png cannot be read"),
     ],
 )
@@ -183,6 +185,12 @@ def test_bad_input_is_named(pipe, prompts, options, says):
     assert says in error.value.problem
     assert error.value.hint or "word" in says
     assert not any("attend" in vars(site.layer) for site in sites(pipe.model.unet))
+
+
+def test_a_model_without_attention_to_the_text_is_named(pipe, monkeypatch):
+    monkeypatch.setattr("pipelines.edit.sites", lambda unet, cross: [])
+    with pytest.raises(GazeError, match="an edit needs attention to the text"):
+        edit(pipe, "a cat", "a dog", **FEW)
 
 
 def test_a_real_picture_comes_back():
@@ -211,8 +219,11 @@ def test_the_command(gaze, model):
     assert [Path(path).name for path in json.loads(out)["paths"]] == ["edit.png", "source.png", "target.png"]
     assert json.loads(out)["alignment"][2] == {"source": ["cat"], "target": ["dog"]}
     assert all(Path(path).is_file() for path in json.loads(out)["paths"])
-    code, out, _ = gaze(*words, "--init", "new/source.png", "--weighting", "attention", "-o", "again.png")
+    before = Path("new/source.png").read_bytes()
+    code, out, _ = gaze(*words, "--init", "new/source.png", "--weighting", "attention", "-o", "new")
     assert "source redrawn: PSNR" in out
+    assert Path("new/source.png").read_bytes() == before  # what is in a folder is not overwritten
+    assert Path("new/source-2.png").is_file()
     assert gaze(*words, "--weight", "dog")[0] == 2
     assert gaze(*words, "--cross", "2")[0] == 2
     code, out, err = gaze("edit", "cat", "dog", "--model", model)

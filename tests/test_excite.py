@@ -137,4 +137,4 @@ def test_bad_input_is_named(pipe, monkeypatch):
         pipe("a hat", excite=[1], **FEW)
     monkeypatch.setattr(excite, "sites", lambda unet, cross: [])
     with pytest.raises(GazeError, match="attention to the text"):
-        pipe("a hat", excite=["hat"], **FEW)
+        pipe.steps("a hat", excite=["hat"], **FEW)

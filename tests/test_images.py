@@ -168,6 +168,12 @@ def test_grid_labels_take_room_below_and_odd_ones_are_drawn() -> None:
     assert strip.min() < 128
 
 
+def test_a_long_label_takes_room_in_its_own_row_only() -> None:
+    images = [Image.new("RGB", (64, 64))] * 6
+    heights = [grid(images, 2, labels).height for labels in (["a"] * 6, ["a " * 200, *["a"] * 5], ["a " * 200] * 6)]
+    assert heights[2] - heights[0] == 3 * (heights[1] - heights[0]) > 0
+
+
 def test_grid_of_nothing_is_an_error() -> None:
     picture = Image.new("RGB", (8, 8))
     for arguments in (([], 2), ([picture], 0), ([picture], 1, ["a", "b"])):

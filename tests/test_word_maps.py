@@ -283,6 +283,7 @@ def test_bfloat16_and_nine_channels(tmp_path):
         ({"word_maps": False, "map_each_step": True}, "map_each_step was given", "word_maps"),
         ({"pixel_maps": [(32, 0)]}, "x of a pixel is 32", "at most 31"),
         ({"pixel_maps": [(0, -1)]}, "y of a pixel is -1", "at least 0"),
+        ({"pixel_maps": torch.tensor([[3, 3]])}, "pixel_maps is tensor", "a list"),
         ({"pixel_maps": [3]}, "a pixel of pixel_maps is 3", "two numbers"),
     ],
 )
