@@ -42,7 +42,7 @@ def see(image: Image.Image) -> list[Seen]:
 
     A pixel is taken for a mixture of white and one colour, and belongs to an object where half of it or more is
     colour. An object is what is connected, by corners too, and of one colour; the shape is that of which the same box
-    holds most like it (intersection over union), and UNKNOWN where none is, or where the box is larger than any object's.
+    holds most like it (intersection over union), UNKNOWN where none is or where the box is larger than any object's.
     """
     kinds_HW = _kinds(to_rgb(image))
     wholes_HW, parts_HW = connected(kinds_HW > 0), connected(kinds_HW)
