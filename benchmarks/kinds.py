@@ -11,8 +11,9 @@ same command goes on, and what is done is not done again; --table prints what th
 others need another --folder.
 
 Exact: the judge of the shapes world finds every fact of the caption in the picture, with a Wilson 95 % interval over
-prompts of all seeds. Training: processor seconds for 1,000 pictures, the median over the run's log, and the most memory
-that the process held. Drawing: processor seconds of a picture with the recipe's steps and guidance, the median of 8.
+prompts of all seeds; by how much trainings with other seeds differ is not in it. Training: processor seconds for 1,000
+pictures, the median over the run's log, and the most memory that the process held. Drawing: processor seconds of a
+picture with the recipe's steps and guidance, the median of 8.
 Prints tables in Markdown; progress goes to stderr.
 """
 
@@ -73,6 +74,7 @@ def costs(out: Path) -> dict[str, float]:
     from pipelines.inspection import inspect
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "pictures_per_second" in line]  # not those of validation
     model = inspect(out / "model")
     pipe, times = TextToImage.from_pretrained(out / "model"), []
     for seed in range(1 + DRAWN):

@@ -84,9 +84,13 @@ def test_nothing_is_seen_where_nothing_is():
     assert see(Image.new("RGB", (64, 64), (230, 200, 200))) == []  # paler than half of any colour
 
 
-def test_a_full_picture_is_one_object():
-    (one,) = see(Image.new("RGB", (64, 64), "black"))
-    assert (one.shape, one.colour, one.size, one.box) == ("square", "black", "large", (0, 0, 64, 64))
+def test_a_full_picture_is_one_object_without_a_shape():
+    noise_HW3 = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for picture in (Image.new("RGB", (64, 64), "black"), Image.new("L", (3, 2), 20), Image.fromarray(noise_HW3)):
+        (one,) = see(picture)
+        assert (one.shape, one.size) == (UNKNOWN, "large")
+        assert max(one.box) == 64
+        assert check(facts({"shape": "square", "count": 1, "colour": one.colour}), [one]) == ["shape"]
 
 
 def test_specks_do_not_count_but_strays_and_much_dirt_do():

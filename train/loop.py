@@ -64,6 +64,7 @@ def train(recipe: Recipe) -> Path:
             if run.owes:
                 look(run.seen)
                 run.owes = processes.any(stop.received)
+                lap("validation")
             while run.seen < recipe.pictures and not stopping:
                 company.at(run.seen, run.seen // recipe.batch_size)
                 rate = run.set_rate()

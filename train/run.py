@@ -24,6 +24,7 @@ from diffusion.recompute import recompute
 from pipelines.files import check_writable
 
 from .checkpoint import Checkpoints
+from .checkpoint_files import folders
 from .checkpoint_files import load as load_checkpoint
 from .choice import load_trained, trained
 from .config import Recipe
@@ -149,8 +150,10 @@ def open_folder(recipe: Recipe, processes: Processes) -> None:
         except GazeError as error:
             raise GazeError(error.problem, "another place with out=DIR") from None
     check_shared(recipe.out, processes, "out")
-    if recipe.data.drawn and processes.first:
-        draw_folder(recipe.out / "drawn", recipe.data.drawn, recipe.data.size, recipe.seed)
+    drawn = recipe.out / "drawn"
+    goes_on = (drawn / "metadata.jsonl").is_file() and folders(recipe.out / "checkpoints")
+    if recipe.data.drawn and processes.first and not goes_on:  # else other pictures than it began with, of older runs
+        draw_folder(drawn, recipe.data.drawn, recipe.data.size, recipe.seed)
     processes.wait()
 
 

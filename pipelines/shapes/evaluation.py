@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -33,8 +33,10 @@ def exam(split: str = "heldout", n: int = 300) -> list[Scene]:
 def score(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, Any]:
     """Judges a picture of each scene's caption; right is one that breaks no fact.
 
-    Returns score (the mean of the skills' scores), low, high (its Wilson 95 % interval), n, right, skills (the same of
-    each), broken (how many pictures break each fact) and misses (index, prompt, skill, broken facts and what is seen).
+    Returns score (the mean of the skills' scores), low, high (the Wilson 95 % interval of such a share of n pictures),
+    n, right, skills (the same of each), broken (how many pictures break each fact) and misses (index, prompt, skill,
+    broken facts and what is seen). The interval is that of the mean where n divides by six, if anything too wide,
+    because the skills' shares are fixed; of other trainings of the same model it says nothing.
     """
     judged, misses = [], []
     for index, (each, picture) in enumerate(zip(scenes, pictures, strict=True)):
@@ -47,10 +49,10 @@ def score(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str,
                 {"index": index, "prompt": caption(each), "skill": judged[-1][0], "broken": broken, "seen": shown}
             )
     rights = {skill: [right for of, right in judged if of == skill] for skill in SKILLS}
-    skills = {skill: _share(mean(right), len(right)) for skill, right in rights.items()}
+    skills = {skill: _share(fmean(right), len(right)) for skill, right in rights.items()}
     counts = Counter(fact for miss in misses for fact in miss["broken"])
     return {
-        **_share(mean(skill["score"] for skill in skills.values()), len(judged)),
+        **_share(fmean(skill["score"] for skill in skills.values()), len(judged)),
         "right": len(judged) - len(misses),
         "skills": skills,
         "broken": {fact: counts[fact] for fact in FACTS},

@@ -21,6 +21,7 @@ DIRT = 80  # pixels of specks that together count as one more object
 LEAST_OVERLAP = 0.6  # with the shape that fits best; below it is none of them
 UNKNOWN = "unknown"
 BETWEEN_SIZES = 21  # pixels of a side
+LARGEST = 40  # the same, half more than a large object's; noise, or one colour everywhere, is no square
 TRIED = range(3)  # pixels by which a box may reach further up than what is seen: the tip of a triangle fades first
 WEIGHT = {"shape": 4, "colour": 2, "size": 1}  # of what differs, when objects are matched with what was asked for
 FACTS = (*WEIGHT, "count", "position", "nothing else")
@@ -41,7 +42,7 @@ def see(image: Image.Image) -> list[Seen]:
 
     A pixel is taken for a mixture of white and one colour, and belongs to an object where half of it or more is
     colour. An object is what is connected, by corners too, and of one colour; the shape is that of which the same box
-    holds most like it (intersection over union).
+    holds most like it (intersection over union), UNKNOWN where none is or where the box is larger than any object's.
     """
     kinds_HW = _kinds(to_rgb(image))
     wholes_HW, parts_HW = connected(kinds_HW > 0), connected(kinds_HW)
@@ -138,8 +139,9 @@ def _object(mask_HW: np.ndarray, kinds_HW: np.ndarray) -> Seen:
         (_overlap(mask_HW[start:bottom, left:right], shape), shape, start) for shape in SHAPES for start in tops
     )
     filled = _template(shape, bottom - top_of_fit, right - left).mean()
+    fits = overlap >= LEAST_OVERLAP and max(right - left, bottom - top) <= LARGEST
     return Seen(
-        shape if overlap >= LEAST_OVERLAP else UNKNOWN,
+        shape if fits else UNKNOWN,
         [*COLOURS][np.bincount(kinds_HW[mask_HW]).argmax() - 1],
         "large" if (mask_HW.sum() / filled) ** 0.5 >= BETWEEN_SIZES else "small",
         (left, top, right, bottom),

@@ -9,6 +9,7 @@ from PIL import Image
 from diffusion.errors import GazeError
 from pipelines.shapes.captions import caption
 from pipelines.shapes.world import SKILLS, draw, masks, scene
+from tests.train.tiny import run_here, tiny_recipe
 from train.data.command import main
 from train.data.drawn import build_shapes, draw_folder
 from train.data.folder import Folder
@@ -69,12 +70,28 @@ def test_masks_are_numbered_objects_and_words_know_theirs(tmp_path):
         (["--count", "0"], "0 pictures of 64 pixels"),
         (["--count", "5", "--size", "0"], "5 pictures of 0 pixels"),
         (["--count", "5", "--split", "held"], "did you mean 'heldout'"),
+        (["--count", "5", "--seed", "-1"], "the scenes that a model is scored on"),
     ],
 )
 def test_bad_arguments_are_named_and_leave_nothing(tmp_path, words, says):
     with pytest.raises(GazeError, match=says):
         main(["shapes", str(tmp_path / "out"), *words])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_goes_on_keeps_its_pictures(tmp_path, monkeypatch):
+    """Another version of the world would draw others."""
+    recipe = tiny_recipe(tmp_path, None, data={"drawn": 8}, pictures=16)
+    run_here(recipe)
+    monkeypatch.setattr("train.run.draw_folder", None)
+    run_here(recipe)
+
+
+def test_what_is_in_the_folder_stays(tmp_path):
+    (tmp_path / "metadata.jsonl").write_text("mine")
+    with pytest.raises(GazeError, match="holds something already"):
+        build_shapes(tmp_path, 1)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("metadata.jsonl", "mine")]
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):

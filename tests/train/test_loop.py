@@ -420,6 +420,9 @@ def test_a_look_that_a_signal_cut_short_is_made_up_for(diffusion, monkeypatch):
     assert grid.exists()
     steps = [row["pictures"] for row in rows(recipe.out)]
     assert steps == sorted(steps)
+    lines = map(json.loads, (recipe.out / "metrics.jsonl").read_text().splitlines())
+    (after,) = (line for line in lines if line["pictures"] == 48)
+    assert "seconds/validation" in after  # and so not in its speed
 
 
 def test_a_step_is_due_at_multiples_and_at_the_end():

@@ -30,9 +30,14 @@ def draw_folder(folder: Path, count: int, size: int, seed: int) -> Path:
 def build_shapes(
     out: Path, count: int, seed: int = 0, split: str = "seen", size: int = SIDE, with_masks: bool = False
 ) -> Path:
-    """Draws the first `count` scenes of a split, the six skills in turn. Raises GazeError."""
+    """Draws the first `count` scenes of a split, the six skills in turn. Raises GazeError, also where `out` holds
+    something, which would be lost or stay among the pictures."""
     if count < 1 or size < 1:
         raise GazeError(f"{count} pictures of {size} pixels cannot be drawn", "--count 10000 --size 64")
+    if seed < 0:
+        raise GazeError(f"the seed is {seed}; those below 0 are of the scenes that a model is scored on", "--seed 0")
+    if out.is_dir() and any(out.iterdir()):
+        raise GazeError(f"{out} holds something already", "another folder, or remove it first")
     return write_scenes(out, [scene(seed, index, split) for index in range(count)], size, with_masks)
 
 
