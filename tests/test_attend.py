@@ -107,7 +107,7 @@ def test_any_text_is_a_prompt(gaze, model):
         (["red cat", "--record-steps", "2:4"], "map_steps has step 4, but this run has 3"),
         (["red cat", "--heads", "5"], "map_heads has head 5"),
         (["red cat", "--pixel", "32,1"], "x of a pixel is 32"),
-        (["red cat", "-o", "taken"], "taken holds something that is not maps of an earlier run"),
+        (["red cat", "-o", "taken"], "'taken/novel.txt' would be lost"),
         (["red cat", "-o", "."], "'.' is the folder that you are in"),
         (["red cat", "-o", "file/out"], "cannot be written"),
         (["red cat", "-o", "file"], "file is a file; it is not overwritten"),

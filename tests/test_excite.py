@@ -101,6 +101,12 @@ def test_off_is_off_and_on_moves_no_other_picture(pipe):
     assert torch.equal(again, plain)  # nothing stays
 
 
+def test_a_slope_whose_square_is_0_moves_nothing_far(pipe, monkeypatch):
+    plain = pipe("a red cat", **FEW).pixels_BCHW
+    monkeypatch.setattr(excite, "strongest", lambda places, predict, x, *_: 1e-25 * x.sum((1, 2, 3))[:, None])
+    assert (pipe("a red cat", excite=["cat"], **FEW).pixels_BCHW - plain).abs().max() < 1e-3
+
+
 def test_it_leaves_no_gradients_and_layers_as_they_were(pipe):
     pipe("a red cat", excite=["cat"], **FEW | {"num_inference_steps": 2})
     assert all(parameter.grad is None for parameter in pipe.model.unet.parameters())
