@@ -36,6 +36,13 @@ def test_pieces_of_a_word_are_one(text):
     assert words.of_S[len(reading.chunks[0].ids) + 1] == words.names.index(END)
 
 
+@pytest.mark.parametrize(
+    "word", ["नमस्ते", "สวัสดี", "cafe\u0301", "👩🏽‍🚀", "👨‍👩‍👧", "❤️", "🇫🇷", "naïve", "漢字"]
+)  # the é is e and a mark
+def test_marks_and_joined_parts_belong_to_their_word(text, word):
+    assert text.read(f"a {word} {word}, {word}").words == ("a", word, word, ",", word)
+
+
 PARTS = ["red", "Heart", "(big:1.5)", "[old]", "BREAK", "don't", ",", "漢字", "🧑‍🚀", "<end>", "\n"]
 prompts = st.text(max_size=80) | st.lists(st.sampled_from(PARTS), max_size=40).map(" ".join)
 
