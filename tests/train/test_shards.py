@@ -217,6 +217,14 @@ def test_a_killed_pack_goes_on(pictures, packed, tmp_path):
     assert files(tmp_path / "out") == files(packed)
 
 
+def test_a_pack_killed_at_its_first_file_goes_on(pictures, packed, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".unfinished.json-0123abcd").write_text("{")
+    pack(Folder(pictures), out, SIZE)
+    assert files(out) == files(packed)
+
+
 def test_too_many_broken_ones_stop_the_pack_and_repaired_it_goes_on(pictures, packed, tmp_path):
     data = copy(pictures, tmp_path / "data")
     for name in ("3.png", "4.png"):

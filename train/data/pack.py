@@ -73,7 +73,7 @@ def _require_same(out: Path, plan: dict[str, Any]) -> None:
             if any(found.get(key) != value for key, value in plan.items()):
                 raise GazeError(f"{out} holds shards of other pictures, captions or shard size", "another folder")
             return
-    if any(out.iterdir()):
+    if not all(path.match(f".{PLAN}-*") for path in out.iterdir()):  # half written, by a start killed at its first file
         raise GazeError(f"{out} holds something else than shards", "another folder")
 
 
