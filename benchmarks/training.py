@@ -1,6 +1,7 @@
 """Training throughput: here against diffusers' script, of two processes against one, and where a step's time goes.
 
-    python benchmarks/training.py peer SCRIPT [--python PYTHON] [--size small|medium|large] [--rounds 5] [--batch 8]
+    python benchmarks/training.py peer SCRIPT [--python PYTHON] [--size small|medium|large|sd] [--rounds 5] [--batch 8]
+                                              [--only REGEX]
     python benchmarks/training.py gpu SCRIPT [--python PYTHON] [--batch 32]
     python benchmarks/training.py processes [...]
     python benchmarks/training.py share [...]
@@ -24,6 +25,7 @@ most that this machine gives.
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -188,7 +190,7 @@ def compare(bench: Bench, runs: dict[str, Run], ratios: list[tuple[str, str, str
         print(f"round {number + 1}: {said}", file=sys.stderr)
     for name in runs:
         print(f"{name:52} {np.median(speeds[name, 'ends']):8.2f} pictures/s")
-    for what, above, below in ratios:
+    for what, above, below in (ratio for ratio in ratios if runs.keys() >= {*ratio[1:]}):
         for clock, unit in (("ends", ""), ("cpu", ", per CPU second of a process")):
             each = np.divide(speeds[above, clock], speeds[below, clock])
             low, middle, high = np.quantile(each, [0.25, 0.5, 0.75])
@@ -206,6 +208,7 @@ def peer(bench: Bench) -> None:
         "gaze bf16, as it comes": lambda: bench.ours(mixed_precision="bf16"),
         "diffusers bf16": lambda: bench.theirs("--mixed_precision=bf16"),
     }
+    runs = {name: run for name, run in runs.items() if re.search(bench.arguments.only, name)}
     compare(bench, runs, [
         ("fp32, nothing cached / diffusers fp32", "gaze fp32, nothing cached", "diffusers fp32"),
         ("fp32, latents and text precomputed / diffusers fp32", "gaze fp32, as it comes", "diffusers fp32"),
@@ -279,8 +282,9 @@ def main() -> None:
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("script", nargs="?", type=Path)
     parser.add_argument("--python", default=sys.executable)
-    parser.add_argument("--size", choices=CHANNELS, default="small")
+    parser.add_argument("--size", choices=CHANNELS, default="small", help="sd: 20 GB on the CPU")
     parser.add_argument("--autoencoder", choices=FACTOR, default="shipped", help="sd: of its structure, not trained")
+    parser.add_argument("--only", default="", metavar="REGEX", help="of peer, the sides whose names have this in them")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--batch", type=int, default=8)
