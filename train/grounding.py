@@ -21,24 +21,25 @@ from .data.stream import Sample
 
 
 def grounding_loss(weights: Weights, of_BS: Tensor, masks_BWHW: Tensor) -> Tensor:
-    """loss_B in 0 to 1: (1 - share)^2, share being what of a word's attention falls into its mask; the mean over
-    attentions, then over a picture's words that have a mask; 0 for a picture without one.
+    """loss_B, in nats: KL(mask || map), where a word's map, its attention from each place, and its mask are both
+    distributions over places; the mean over attentions, then over a picture's words that have a mask; 0 for a picture
+    without one. It is 0 where attention is the same all over the mask and nowhere else.
 
-    It is the token loss of TokenCompose (Wang et al. 2024), with the mean over a word's tokens inside the share; as an
-    energy that guides sampling it is Chen et al.'s (2024, layout control by cross-attention guidance).
+    The token loss of TokenCompose (Wang et al. 2024), (1 - share inside the mask)^2, asks for attention inside but not
+    for all of the inside; its pixel loss wants each word of an object at weight 1 there, which only one can have.
 
     of_BS: of each token the number of its word; a number without a mask, as -1, for others. masks_BWHW: how much of
     each latent pixel the mask covers, all zeros for a word without one. A pixel that is covered in part counts in part.
     """
     there_BW = masks_BWHW.sum(dim=(2, 3)) > 0
     size = masks_BWHW.shape[2], masks_BWHW.shape[3]
-    beside = []
+    apart = []
     for site, weights_BNS in weights:
         masks_BWN = F.adaptive_avg_pool2d(masks_BWHW, site.size(*size)).flatten(2)
         maps_BWN = by_word(weights_BNS, of_BS, masks_BWHW.shape[1])
-        share_BW = (maps_BWN * masks_BWN).sum(dim=-1) / maps_BWN.sum(dim=-1).clamp(min=NOTHING)
-        beside.append((1 - share_BW).square())
-    return (torch.stack(beside).mean(dim=0) * there_BW).sum(dim=1) / there_BW.sum(dim=1).clamp(min=1)
+        aim_BWN, found_BWN = (each / each.sum(dim=-1, keepdim=True).clamp(min=NOTHING) for each in (masks_BWN, maps_BWN))
+        apart.append(F.kl_div(found_BWN.clamp(min=NOTHING).log(), aim_BWN, reduction="none").sum(dim=-1))
+    return (torch.stack(apart).mean(dim=0) * there_BW).sum(dim=1) / there_BW.sum(dim=1).clamp(min=1)
 
 
 class Grounding:

@@ -1,6 +1,7 @@
 """The loss of attention beside masks: its formula, masks that follow their pictures, runs that go on to the bit."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -86,27 +87,33 @@ def test_loss_and_gradient_are_those_of_a_loop():
         for (height, width), score in zip(sizes, scores, strict=True):
             weights_NS = score[picture].softmax(-1)
             for word in words:
-                inside = everywhere = 0.0
+                cover, looked = [], []
                 for y in range(height):
                     for x in range(width):
                         rows = slice(y * 4 // height, -(-(y + 1) * 4 // height))
                         columns = slice(x * 5 // width, -(-(x + 1) * 5 // width))
-                        cover = float(masks_BWHW[picture, word, rows, columns].mean())
+                        cover.append(float(masks_BWHW[picture, word, rows, columns].mean()))
                         own = [weights_NS[y * width + x, s].item() for s in range(5) if of_BS[picture, s] == word]
-                        inside, everywhere = inside + cover * sum(own), everywhere + sum(own)
-                total += (1 - inside / everywhere) ** 2
+                        looked.append(sum(own))
+                for mask, seen in zip(cover, looked, strict=True):
+                    aim = mask / sum(cover)
+                    total += aim * math.log(aim * sum(looked) / seen) if aim else 0
         assert found_B[picture].item() == pytest.approx(total / len(levels) / len(words), rel=1e-12)
     assert torch.autograd.gradcheck(loss, scores)
 
 
-def test_attention_inside_costs_nothing_and_beside_costs_one():
+@pytest.mark.parametrize(
+    "map_N, loss",
+    [([0.2, 0.2, 0, 0], 0), ([0.7] * 4, math.log(2)), ([0.9, 0.3, 0, 0], -math.log(0.75) / 2)],
+    ids=["fills the mask", "everywhere", "inside, unevenly"],
+)
+def test_only_attention_that_fills_the_mask_costs_nothing(map_N, loss):
     site = Site("", True, 0, None)
-    masks_BWHW = torch.zeros(2, 1, 2, 2)
-    masks_BWHW[:, 0, 0] = 1
-    weights_BNS = torch.tensor([[[1.0], [1], [0], [0]], [[0], [0], [1], [1]]])
-    loss_B = grounding_loss([(site, weights_BNS)], torch.zeros(2, 1, dtype=torch.long), masks_BWHW)
-    assert loss_B.tolist() == [0, 1]
-    assert grounding_loss([(site, weights_BNS)], torch.full((2, 1), -1), 0 * masks_BWHW).tolist() == [0, 0]
+    masks_BWHW = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]]])
+    weights = [(site, torch.tensor(map_N)[None, :, None])]
+    assert grounding_loss(weights, torch.tensor([[0]]), masks_BWHW).item() == pytest.approx(loss, abs=1e-6)
+    assert grounding_loss(weights, torch.tensor([[-1]]), masks_BWHW).item() > 20  # of a word that nothing looks at
+    assert grounding_loss(weights, torch.tensor([[-1]]), 0 * masks_BWHW).item() == 0
 
 
 def test_it_is_added_to_the_loss_as_often_as_the_recipe_says(make):
