@@ -1,6 +1,6 @@
 """What does a loss for attention beside masks bring? Trained with and without, on pictures of the shapes world.
 
-    python benchmarks/grounding.py CONFIG OUT [--grounding 0.3] [--count 20000] [-n 300] [key.path=value ...]
+    python benchmarks/grounding.py CONFIG OUT [--grounding 0.2] [--count 20000] [-n 300] [key.path=value ...]
 
 CONFIG is a recipe of the diffusion phase; the further words replace keys of it in both runs. They share seed, pictures
 and budget, and differ in objective.grounding alone. Then each model draws the exam of `gaze evaluate shapes`, with
@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--grounding", type=float, default=0.3)
+    parser.add_argument("--grounding", type=float, default=0.2)
     parser.add_argument("--count", type=int, default=20_000, help="pictures to draw")
     parser.add_argument("-n", type=int, default=300, help="prompts of each split, and pictures for the maps")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")

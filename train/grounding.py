@@ -37,7 +37,9 @@ def grounding_loss(weights: Weights, of_BS: Tensor, masks_BWHW: Tensor) -> Tenso
     for site, weights_BNS in weights:
         masks_BWN = F.adaptive_avg_pool2d(masks_BWHW, site.size(*size)).flatten(2)
         maps_BWN = by_word(weights_BNS, of_BS, masks_BWHW.shape[1])
-        aim_BWN, found_BWN = (each / each.sum(dim=-1, keepdim=True).clamp(min=NOTHING) for each in (masks_BWN, maps_BWN))
+        aim_BWN, found_BWN = (
+            each / each.sum(dim=-1, keepdim=True).clamp(min=NOTHING) for each in (masks_BWN, maps_BWN)
+        )
         apart.append(F.kl_div(found_BWN.clamp(min=NOTHING).log(), aim_BWN, reduction="none").sum(dim=-1))
     return (torch.stack(apart).mean(dim=0) * there_BW).sum(dim=1) / there_BW.sum(dim=1).clamp(min=1)
 
