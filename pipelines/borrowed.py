@@ -37,9 +37,9 @@ def open_borrowed(
 ) -> Borrowed:
     """A network of transformers, ready to be asked.
 
-    model: a folder that save_pretrained wrote, or an id on the hub. auto: the class of transformers that opens models of
-    the kind that is needed; needed: the kind in words. dtype: None keeps the stored one, but for float16 on a CPU that
-    cannot compute in it, which becomes float32.
+    model: a folder that save_pretrained wrote, or an id on the hub. auto: the class of transformers that opens models
+    of the kind that is needed; needed: the kind in words. dtype: None keeps the stored one, but for float16 on a CPU,
+    which becomes float32.
     Raises GazeError when it is not there, of another kind, a pickle, or broken.
     """
     folder = local_path(model, TRANSFORMERS)
@@ -128,7 +128,7 @@ def _said(error: Exception) -> str:
 
 
 def device_of(name: str | None = None) -> torch.device:
-    """By its name; None: this process's GPU if there is one, else the CPU. Raises GazeError for one that is not here."""
+    """By its name; None: this process's GPU if there is one, else the CPU. Raises GazeError where there is none."""
     if name is None:
         return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:

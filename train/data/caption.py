@@ -93,7 +93,7 @@ def caption(
     dtype: torch.dtype | None = None,
     group: Processes | None = None,
 ) -> Report | None:
-    """Captions the pictures of a folder and writes its metadata.jsonl; goes on where an earlier start of the same ended.
+    """Captions the pictures of a folder and writes its metadata.jsonl; goes on where an earlier start ended.
 
     batch_size: pictures captioned at once. workers: processes that decode the next ones meanwhile. device, dtype: None
     takes a GPU if there is one, and the model's own. group: processes that share the work; all but the first get None.
@@ -136,11 +136,11 @@ def _rows(root: Path, existing: str) -> list[Row]:
     """The lines of metadata.jsonl, then the pictures that it does not name. Raises GazeError."""
     metadata, base = root / "metadata.jsonl", root.resolve()
     rows = []
-    for number, line in lines_of(metadata) if metadata.is_file() else []:
-        name, entry = entry_of(metadata, base, number, line)
+    for place, line in lines_of(metadata) if metadata.is_file() else []:
+        name, entry = entry_of(metadata, base, place, line)
         rows.append(Row(name, line, json.loads(line.decode("utf-8-sig")), entry.captions, entry.repeats))
         if "words" in rows[-1].said and existing != "keep":
-            problem = f"{metadata}, line {number}: words with their objects belong to the caption that is there"
+            problem = f"{metadata}, line {place}: words with their objects belong to the caption that is there"
             raise GazeError(problem, "--existing keep, or a copy of the folder without them")
     named = [row.name for row in rows] + [str(row.said["masks"]) for row in rows if "masks" in row.said]
     known = {(base / name).resolve() for name in named}
@@ -211,7 +211,8 @@ def _write_captions(
 
 
 def _captions(captioner: Captioner, asked: Asked, batch: Batch) -> list[list[str]]:
-    draws = [[randomness(asked.seed, number, f"caption {name}") for number in range(asked.count)] for name in batch.names]
+    each = range(asked.count)
+    draws = [[randomness(asked.seed, one, f"caption {name}") for one in each] for name in batch.names]
     try:
         return captions(captioner, batch.inputs, asked.tokens, asked.beams, asked.count, asked.temperature, draws)
     except (RuntimeError, MemoryError) as error:
@@ -255,14 +256,14 @@ def _finish(root: Path, asked: Asked, skipped: list[Skipped]) -> Report:
     rows = _rows(root, asked.existing)
     lines = []
     for row in rows:
-        isnew = row.name in texts and _is_asked(row, asked.existing)
-        if row.line and not isnew:
+        new = texts.get(row.name, []) if _is_asked(row, asked.existing) else []
+        if row.line and not new:
             lines.append(row.line + b"\n")
             continue
-        before = row.captions if asked.existing == "add" or not isnew else ()
-        together = [*dict.fromkeys([*before, *(texts[row.name] if isnew else ())])]
-        if together:
-            lines.append(_line({**row.said, "text": together[0] if len(together) == 1 else together}))
+        before = () if new and asked.existing == "replace" else row.captions
+        text = [*dict.fromkeys([*before, *new])]
+        if text:
+            lines.append(_line({**row.said, "text": text[0] if len(text) == 1 else text}))
     if texts:
         write_flushed(root / "metadata.jsonl", lines)
     for path in root.glob(UNFINISHED.format("*")):

@@ -97,7 +97,6 @@ def captions(
 
     inputs: of `prepare`. draws: with a temperature, of each picture a generator for each caption. Others: see `write`.
     """
-    asked = captioner.tokenizer.batch_decode(inputs.get("input_ids", []), skip_special_tokens=True)
     if temperature:
         written = [
             write(captioner.network, inputs, tokens, temperature=temperature, draws=[row[number] for row in draws])
@@ -106,10 +105,13 @@ def captions(
     else:
         both = write(captioner.network, inputs, tokens, beams, count)
         written = [both[number::count] for number in range(count)]
-    texts = [captioner.tokenizer.batch_decode(rows, skip_special_tokens=True) for rows in written]
-    each = zip(*texts, strict=True)
-    prompts = asked or [""] * len(texts[0])
+
+    def read(ids: Any) -> list[str]:
+        return [text.strip() for text in captioner.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    texts = [read(rows) for rows in written]
+    prompts = read(inputs["input_ids"]) if "input_ids" in inputs else [""] * len(texts[0])
     return [
-        [*dict.fromkeys(" ".join(text.strip().removeprefix(prompt.strip()).split()) for text in row)]
-        for row, prompt in zip(each, prompts, strict=True)
+        [*dict.fromkeys(" ".join(text.removeprefix(prompt).split()) for text in row)]
+        for row, prompt in zip(zip(*texts, strict=True), prompts, strict=True)
     ]

@@ -28,7 +28,14 @@ SOURCE is a folder of pictures, a folder or URL of shards, a parquet file or a f
 
 def main(words: list[str]) -> int:
     """Exit codes: 0 done and sound, 1 bad input, or `check` has found something."""
-    commands = {"emoji": _emoji, "shapes": _shapes, "caption": _caption, "pack": _pack, "check": _check, "stats": _stats}
+    commands = {
+        "emoji": _emoji,
+        "shapes": _shapes,
+        "caption": _caption,
+        "pack": _pack,
+        "check": _check,
+        "stats": _stats,
+    }
     if {"-h", "--help"} & set(words[:1]):
         print(USAGE)
         return 0
@@ -84,8 +91,8 @@ def _caption(words: list[str]) -> int:
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the model's own)")
     given = parser.parse_args(words)
     # For libraries that are imported below. Tokenizers would warn of the workers that are forked after their use.
-    os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
-    os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ.update({**quiet, **os.environ})
     from pipelines.options import dtype_of
     from pipelines.processes import processes
 
