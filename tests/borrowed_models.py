@@ -28,7 +28,8 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-WORDS = ["a", "red", "apple", "on", "green", "grass", "in", "soft", "light", ",", ".", "(", ")", "[", "]", ":", "1", "2", "\\", "BREAK", "golden", "dog", "cat", "sky", "under", "tree", "of", "user", "assistant"]  # fmt: skip
+SAID = "a red apple on green grass in soft light , . ( ) [ ] : 1 2 \\ BREAK golden dog cat sky under of user assistant"
+WORDS = SAID.split()
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 SIDE = 32  # pixels
 TEXT: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
