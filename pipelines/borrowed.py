@@ -113,13 +113,17 @@ def open_part(auto: str, folder: Path) -> Any:
     """A tokenizer, processor or image processor of a model's folder. Raises GazeError."""
     import transformers
 
+    what = {"AutoTokenizer": "tokenizer", "AutoProcessor": "processor"}.get(auto, "image processor")
     try:
-        return getattr(transformers, auto).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        opened = getattr(transformers, auto).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # as above
-        what = {"AutoTokenizer": "tokenizer", "AutoProcessor": "processor"}.get(auto, "image processor")
-        raise GazeError(
-            f"{folder} has no {what} that can be opened: {_said(error)}", "the whole folder, or what it says"
-        ) from error
+        problem = f"{folder} has no {what} that can be opened: {_said(error)}"
+        raise GazeError(problem, "the whole folder, or what this says") from error
+    words = getattr(opened, "tokenizer", opened)
+    # Without its files, transformers makes up a tokenizer that knows nothing.
+    if hasattr(words, "get_vocab") and len(words.get_vocab()) <= len(words.all_special_tokens):
+        raise GazeError(f"{folder} has no words for its {what}, such as in tokenizer.json", "the whole folder")
+    return opened
 
 
 def _said(error: Exception) -> str:
