@@ -73,6 +73,14 @@ def fake(monkeypatch):
 # What a model says
 
 
+def test_a_picture_of_which_the_model_says_nothing_is_named(pictures, fake, monkeypatch):
+    answer = work.captions
+    monkeypatch.setattr(work, "captions", lambda *asked: [[], *answer(*asked)[1:]])
+    (pictures / "metadata.jsonl").write_text('{"file_name": "d.png"}\n')
+    assert caption(pictures, PLAIN) == (4, 0, [("d.png", "the model says nothing of it")])
+    assert rows(pictures)[0] == {"file_name": "d.png"}
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     from transformers.utils.logging import disable_progress_bar  # as the command does before it is imported

@@ -268,8 +268,9 @@ def _finish(root: Path, asked: Asked, skipped: list[Skipped]) -> Report:
         write_flushed(root / "metadata.jsonl", lines)
     for path in root.glob(UNFINISHED.format("*")):
         path.unlink()
+    silent = [Skipped(name, "the model says nothing of it") for name, text in texts.items() if not text]
     kept = {row.name for row in rows if row.captions} - texts.keys()
-    return Report(len(texts), len(kept), skipped)
+    return Report(len(texts) - len(silent), len(kept), [*skipped, *silent])
 
 
 def _line(value: dict[str, Any]) -> bytes:

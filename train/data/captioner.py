@@ -93,7 +93,7 @@ def captions(
     temperature: float = 0.0,
     draws: Sequence[Sequence[np.random.Generator]] = (),
 ) -> list[list[str]]:
-    """`count` captions of each picture, each in one line, without the prompt; equal ones once.
+    """Up to `count` captions of each picture, each in one line, without the prompt; equal ones once, and no empty one.
 
     inputs: of `prepare`. draws: with a temperature, of each picture a generator for each caption. Others: see `write`.
     """
@@ -112,6 +112,6 @@ def captions(
     texts = [read(rows) for rows in written]
     prompts = read(inputs["input_ids"]) if "input_ids" in inputs else [""] * len(texts[0])
     return [
-        [*dict.fromkeys(" ".join(text.removeprefix(prompt).split()) for text in row)]
+        [*dict.fromkeys(line for text in row if (line := " ".join(text.removeprefix(prompt).split())))]
         for row, prompt in zip(zip(*texts, strict=True), prompts, strict=True)
     ]
