@@ -1,7 +1,8 @@
 """Every `gaze` command and every piece of Python that the documentation shows works as it stands there.
 
 They run in a folder that has what they name: `castle/`, a model folder of diffusers, `castle.safetensors`, the same in
-one file, two LoRA files, `storyteller/`, a language model of transformers, and pictures. Without --model they use the shipped model.
+one file, two LoRA files, `storyteller/`, a language model of transformers, and pictures. Without --model they use the
+shipped model.
 """
 
 import re
