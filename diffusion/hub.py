@@ -24,11 +24,11 @@ READ = re.compile(r"[\w.-]+\.(json|txt|model|tiktoken|jinja)|model(-\d+-of-\d+)?
 
 
 class Layout(NamedTuple):
-    """A kind of model folder. index: the file that every one has. wanted: of the names of a model's files, those that
+    """A kind of model folder. main: the file that every one has. wanted: of the names of a model's files, those that
     are read here. needed: the files that a folder must have to be whole; raises GazeError where it cannot tell.
-    kind, hint: what is said of a model of the hub without the index."""
+    kind, hint: what is said of a model of the hub without the main file."""
 
-    index: str
+    main: str
     wanted: Callable[[Iterable[str]], list[str]]
     needed: Callable[[Path], list[Path]]
     kind: str
@@ -91,7 +91,7 @@ def _cached(repo: str, revision: str | None, layout: Layout) -> Path | None:
 
     try:
         # What else belongs to it, only the network or `needed` can say.
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[layout.index]))
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True, allow_patterns=[layout.main]))
     except (LocalEntryNotFoundError, HFValidationError):
         return None
     return folder if _is_whole(folder, layout) else None
@@ -100,7 +100,7 @@ def _cached(repo: str, revision: str | None, layout: Layout) -> Path | None:
 def _is_whole(folder: Path, layout: Layout) -> bool:
     """Whether no file is missing, as after a download that was cut off."""
     try:
-        return all(path.is_file() for path in (folder / layout.index, *layout.needed(folder)))
+        return all(path.is_file() for path in (folder / layout.main, *layout.needed(folder)))
     except GazeError:
         return False
 
@@ -113,7 +113,7 @@ def _fetched(repo: str, revision: str | None, layout: Layout) -> Path:
     try:
         found = HfApi().model_info(repo, revision=revision)
         names = layout.wanted(file.rfilename for file in found.siblings or [])
-        is_one = layout.index in names
+        is_one = layout.main in names
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names)) if is_one else None
     except GatedRepoError:
         raise GazeError(
@@ -135,5 +135,5 @@ def _fetched(repo: str, revision: str | None, layout: Layout) -> Path:
             f"the path of a model, or a network; where there is one: {fetch}, then copy FOLDER and give its path",
         ) from None
     if folder is None:
-        raise GazeError(f"{name} has no {layout.index}, so it is no {layout.kind}", layout.hint)
+        raise GazeError(f"{name} has no {layout.main}, so it is no {layout.kind}", layout.hint)
     return folder

@@ -129,7 +129,7 @@ def test_captions_are_those_of_transformers_whatever_is_beside_them(models, pict
     caption(pictures, asked, batch_size=2)
     assert said(pictures) == {name: texts for name in names if (texts := alone(models, kind, pictures / name))}
     (pictures / "metadata.jsonl").unlink()
-    caption(pictures, asked._replace(beams=3, count=2), batch_size=5)
+    caption(pictures, asked._replace(beams=3, captions=2), batch_size=5)
     beams = {"num_beams": 3, "num_return_sequences": 2}
     assert said(pictures) == {name: texts for name in names if (texts := alone(models, kind, pictures / name, **beams))}
 
@@ -145,7 +145,7 @@ def test_a_prompt_is_answered_and_is_no_part_of_the_caption(models, pictures, ki
 
 
 def test_drawn_words_depend_on_seed_and_name_alone(models, pictures, tmp_path):
-    asked = Asked(str(models / "git"), tokens=6, count=3, temperature=1.5, seed=4)
+    asked = Asked(str(models / "git"), tokens=6, captions=3, temperature=1.5, seed=4)
     caption(pictures, asked, batch_size=5)
     drawn = said(pictures)
     for few in ("a.png", "d.png"):
@@ -383,7 +383,7 @@ def refusal(*arguments, **options):
 
 
 def test_values_that_cannot_be_are_named(pictures, fake, tmp_path):
-    assert "no way to different ones" in (said := refusal(pictures, PLAIN._replace(count=3)))
+    assert "no way to different ones" in (said := refusal(pictures, PLAIN._replace(captions=3)))
     assert "--beams 3 for as many likely ones, or --temperature 1" in said
     assert "one of the two" in refusal(pictures, PLAIN._replace(beams=2, temperature=1.0))
     assert "did you mean 'keep'" in refusal(pictures, PLAIN._replace(existing="kep"))
@@ -401,6 +401,12 @@ def test_an_unfinished_start_with_other_options_is_named(pictures, fake):
     said = refusal(pictures, PLAIN._replace(beams=4))
     assert "captions-0.unfinished holds captions of an earlier start with beams 1, now it is 4" in said
     assert "or remove the file" in said
+
+
+def test_two_commands_do_not_write_the_same_file(pictures, fake):
+    with work._continued(journal(pictures), PLAIN):
+        assert "captions-0.unfinished is being written by another command" in refusal(pictures, PLAIN)
+    assert caption(pictures, PLAIN).captioned == 5
 
 
 def test_a_caption_whose_words_have_objects_is_not_replaced(pictures, fake):

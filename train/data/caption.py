@@ -9,11 +9,12 @@ one step. So a command that was killed goes on with the next picture, and nobody
 
 from __future__ import annotations
 
+import fcntl
 import json
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from PIL import Image
@@ -42,7 +43,7 @@ EXISTING = ("keep", "replace", "add")
 class Asked(NamedTuple):
     """What captions are asked for: another of these values gives others.
 
-    model: folder or id on the hub. prompt: see `open_captioner`. count: captions of each picture. tokens, beams,
+    model: folder or id on the hub. prompt: see `open_captioner`. captions: of each picture. tokens, beams,
     temperature: see `write`. seed: with a temperature, the words of a picture depend on this and on its name.
     existing: of captions that are there: "keep" leaves such pictures alone, "replace" puts the new ones in their place,
     "add" puts them behind.
@@ -50,7 +51,7 @@ class Asked(NamedTuple):
 
     model: str
     prompt: str | None = None
-    count: int = 1
+    captions: int = 1
     tokens: int = 40
     beams: int = 1
     temperature: float = 0.0
@@ -117,9 +118,9 @@ def caption(
 
 
 def _check(asked: Asked, batch_size: int) -> None:
-    for name in ("count", "tokens", "beams"):
-        whole({"count": "captions"}.get(name, name), getattr(asked, name), 1)
-    whole("batch-size", batch_size, 1)
+    least = {"captions": asked.captions, "tokens": asked.tokens, "beams": asked.beams, "batch-size": batch_size}
+    for name, value in least.items():
+        whole(name, value, 1)
     whole("seed", asked.seed, 0)
     if number("temperature", asked.temperature) < 0:
         raise GazeError(f"temperature is {asked.temperature}", "0 for the likeliest words, 1 to draw as the model does")
@@ -127,9 +128,9 @@ def _check(asked: Asked, batch_size: int) -> None:
         raise GazeError(f"existing captions cannot be {asked.existing!r:.100}", nearest(asked.existing, EXISTING))
     if asked.temperature and asked.beams > 1:
         raise GazeError("beams take the likeliest words, a temperature draws them", "one of the two")
-    if not asked.temperature and asked.count > asked.beams:
-        hint = f"--beams {asked.count} for as many likely ones, or --temperature 1 to draw them"
-        raise GazeError(f"{asked.count} captions of each picture, and no way to different ones", hint)
+    if not asked.temperature and asked.captions > asked.beams:
+        hint = f"--beams {asked.captions} for as many likely ones, or --temperature 1 to draw them"
+        raise GazeError(f"{asked.captions} captions of each picture, and no way to different ones", hint)
 
 
 def _rows(root: Path, existing: str) -> list[Row]:
@@ -195,11 +196,8 @@ def _write_captions(
 ) -> list[Skipped]:
     """Captions the pictures and appends them to the journal; gives those that cannot be captioned."""
     skipped: list[Skipped] = []
-    path = root / journal
-    whole = b"".join(line + b"\n" for line in (_whole_lines(path) if path.exists() else []))
-    write_flushed(path, [whole or _line(asked._asdict())])
     work = partial(_read_batch, root, captioner._replace(network=None), names, batch_size)
-    with path.open("ab") as file:
+    with _continued(root / journal, asked) as file:
         for batch in in_parallel(work, range(-(-len(names) // batch_size)), workers, "captioning"):
             skipped += batch.skipped
             if batch.names:
@@ -210,11 +208,26 @@ def _write_captions(
     return skipped
 
 
+def _continued(path: Path, asked: Asked) -> BinaryIO:
+    """The journal, to be written on behind its last whole line. Raises GazeError while another command writes it."""
+    file = path.open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise GazeError(f"{path} is being written by another command", "the same when that one is done") from None
+    file.truncate(sum(len(line) + 1 for line in _whole_lines(path)))
+    if path.stat().st_size == 0:
+        file.write(_line(asked._asdict()))
+        flush(file)
+    return file
+
+
 def _captions(captioner: Captioner, asked: Asked, batch: Batch) -> list[list[str]]:
-    each = range(asked.count)
+    each = range(asked.captions)
     draws = [[randomness(asked.seed, one, f"caption {name}") for one in each] for name in batch.names]
     try:
-        return captions(captioner, batch.inputs, asked.tokens, asked.beams, asked.count, asked.temperature, draws)
+        return captions(captioner, batch.inputs, asked.tokens, asked.beams, asked.captions, asked.temperature, draws)
     except (RuntimeError, MemoryError) as error:
         if not is_lack_of_memory(error):
             raise
