@@ -5,7 +5,6 @@ Shapes: B pictures, N true pictures, P pooled values of a picture.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from diffusion.errors import GazeError, nearest
 from diffusion.prompts import escape
 
 from .images import to_rgb, to_tensor
+from .judges.pictures import picture_of, read_lines
 
 ENGLISH = "en"
 FOLDERS = {"seen": "train", "heldout": "heldout"}
@@ -156,27 +156,21 @@ def read_truths(folder: Path, language: str = ENGLISH) -> list[Truth]:
         prompt = name if language == ENGLISH else entry.get(f"name_{language}")
         return Truth(name, prompt, _identity(picture), pool(to_rgb(picture)))
 
-    return read_pictures(folder, truth, "python -m train data emoji FOLDER builds one")
+    return read_each(folder, truth, "python -m train data emoji FOLDER builds one")
 
 
-def read_pictures(folder: Path, make: Callable[[dict[str, Any], Image.Image], T], hint: str) -> list[T]:
+def read_each(folder: Path, make: Callable[[dict[str, Any], Image.Image], T], hint: str) -> list[T]:
     """What `make` makes of each line of folder/metadata.jsonl and the picture that it names, which is still open.
 
     Raises GazeError with file, line and hint, also where `make` raises for a key that is not there or of another kind.
     """
-    metadata = folder / "metadata.jsonl"
-    try:
-        lines = metadata.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise GazeError(f"{metadata} cannot be read: {error.strerror or error}", hint) from error
-    found = []
-    for number, line in enumerate(lines, start=1):
+    metadata, found = folder / "metadata.jsonl", []
+    for where, row in read_lines(metadata, hint):
         try:
-            entry = json.loads(line)
-            with Image.open(folder / entry["file_name"]) as image:
-                found.append(make(entry, image))
+            with Image.open(picture_of(where, row, folder)) as image:
+                found.append(make(row, image))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise GazeError(f"{metadata}, line {number}: {error}", hint) from error
+            raise GazeError(f"{where}: {error}", hint) from error
     if not found:
         raise GazeError(f"{metadata} names no picture", hint)
     return found
