@@ -42,7 +42,9 @@ def transformers_path(model: str | Path) -> Path:
         path = _snapshot(*found, CONFIG, _has_weights) or _fetched(*found, CONFIG, wanted_of_transformers)
     if not path.is_dir():
         problem = "is a file" if path.exists() else "does not exist"
-        raise GazeError(f"model folder {str(model)!r} {problem}", "a folder, or the id of a model of the hub, owner/name")
+        raise GazeError(
+            f"model folder {str(model)!r} {problem}", "a folder, or the id of a model of the hub, owner/name"
+        )
     if not (path / CONFIG).is_file():
         raise GazeError(f"{path} has no {CONFIG}, so it is no model of transformers", "what save_pretrained wrote")
     missing = [file for file in weight_files(path, "model") if not file.is_file()]
