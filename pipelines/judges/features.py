@@ -22,6 +22,7 @@ from .models import open_judge
 from .verdict import Judge, Verdict
 
 OF_RESIZING = ("size", "resample", "crop_size", "do_resize", "do_center_crop")
+NEEDED = "a network with pooled features, such as a CLIP, a DINOv2 or a ResNet,"
 Features = Callable[[Sequence[Image.Image]], np.ndarray]
 
 
@@ -32,9 +33,7 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
     embedding, at its own length. The network's own processor resizes, by Pillow; how is among the settings.
     Raises GazeError when it cannot be opened; the features do when it pools nothing.
     """
-    from transformers import AutoImageProcessor, AutoModel
-
-    network, prepare = open_judge(name, AutoModel, AutoImageProcessor, dtype)
+    network, prepare = open_judge(name, NEEDED, processor="AutoImageProcessor", dtype=dtype)
     look = getattr(network, "get_image_features", network)
 
     @torch.inference_mode()
@@ -42,7 +41,7 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
         inputs = prepare(images=[to_rgb(image) for image in images], return_tensors="pt")
         pooled = getattr(look(**inputs.to(network.device, network.dtype)), "pooler_output", None)
         if pooled is None:
-            raise GazeError(f"{name} is {type(network).__name__}, which pools nothing", "a CLIP, DINOv2 or ResNet")
+            raise GazeError(f"{name} is {type(network).__name__}, and {NEEDED} is needed", "another one with --judge")
         return pooled.flatten(1).double().cpu().numpy()
 
     about = {key: value for key, value in prepare.to_dict().items() if key in OF_RESIZING}
