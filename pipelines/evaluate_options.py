@@ -93,8 +93,9 @@ class JudgeOptions(EvaluateOptions):
         from .judges.pictures import read_prompts
 
         if (self.prompts is None) == (self.pictures is None):
+            both = "both --prompts and --pictures were given"
             raise GazeError(
-                f"{'neither' if self.prompts is None else 'both'} --prompts and --pictures were given",
+                "neither --prompts nor --pictures was given" if self.prompts is None else both,
                 "--prompts FILE has them drawn, --pictures FOLDER has finished ones judged",
             )
         asked = self.asked(lambda: read_prompts(str(self.prompts)), with_prompts)
