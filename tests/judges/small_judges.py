@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.utils.logging import disable_progress_bar
 
 from tests.small_pipeline import tokenizer
 
@@ -55,6 +56,7 @@ def lively(make):
 
 
 def saved(folder, *parts):
+    disable_progress_bar()  # it would be taken for what a command says
     for part in parts:
         part.save_pretrained(folder)
     return folder

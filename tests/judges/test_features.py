@@ -179,6 +179,15 @@ def test_the_commands(kind, gaze, pictures, tmp_path):
     line = gaze(*options)[1].splitlines()[1].split()
     assert line == [kind, f"{report['score']:.4f}", f"{report['low']:.4f}", "to", f"{report['high']:.4f}", "41"]
 
-    code, out, err = gaze(*options, "-n", 17 if kind == "fid" else 39)
+
+@pytest.mark.parametrize("kind", ["fid", "kid"])
+def test_too_few_pictures_are_an_error_before_any_is_drawn(kind, gaze, model, tmp_path):
+    judge = small_judges.resnet(tmp_path / "resnet")
+    (tmp_path / "real").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "real" / "1.png")
+    (tmp_path / "prompts.txt").write_text("a cat\n" * 50)
+    options = ["--judge", judge, "--real", "real", "--prompts", "prompts.txt", "--model", model]
+    code, out, err = gaze("evaluate", kind, *options, "--steps", 10**6)
     assert (code, out) == (1, "")
-    assert "made pictures are too few" in err
+    assert "1 real pictures are too few" in err
+    assert "at least" in err

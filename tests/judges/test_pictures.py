@@ -7,7 +7,6 @@ from PIL import Image
 
 from diffusion.errors import GazeError
 from pipelines.judges.pictures import Asked, read_pictures, read_prompts
-from pipelines.parameters import write_parameters
 from pipelines.png import save_png
 
 
@@ -77,7 +76,7 @@ def test_a_folder_with_a_text_beside_each_picture(tmp_path):
 
 def test_pictures_that_hold_their_prompts(tmp_path):
     save_png(Image.new("RGB", (8, 8)), tmp_path / "1.png", {"prompt": "a (red:1.4) dog", "seed": 3})
-    of_a1111 = write_parameters({"prompt": "a cat", "seed": 3, "num_inference_steps": 20, "width": 8, "height": 8})
+    of_a1111 = "a cat\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 3, Size: 8x8"
     save_png(Image.new("RGB", (8, 8)), tmp_path / "2.png", parameters=of_a1111)
     assert [each.text for each in read_pictures(str(tmp_path))] == ["a red dog", "a cat"]
 
