@@ -5,7 +5,6 @@ asked so that what is written for a picture does not depend on what is written b
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,11 @@ from diffusion.header import read_header
 from diffusion.hub import TRANSFORMERS, hub_id, local_path
 from diffusion.placement import check_dtype
 
+from .processes import own_device
+
 NUCLEUS = 0.9  # a word is drawn among the likeliest that have this share together (Holtzman et al. 2020, section 3.1)
-UNUSED = "pooler"  # weights that writing does without, and that some published folders lack
+PILLOW = {"backend": "pil"}
+POOLER = "pooler"  # its weights some published folders lack
 
 
 class Borrowed(NamedTuple):
@@ -33,13 +35,18 @@ class Borrowed(NamedTuple):
 
 
 def open_borrowed(
-    model: str | Path, auto: str, needed: str, device: torch.device, dtype: torch.dtype | None = None
+    model: str | Path,
+    auto: str,
+    needed: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    pools: bool = False,
 ) -> Borrowed:
     """A network of transformers, ready to be asked.
 
     model: a folder that save_pretrained wrote, or an id on the hub. auto: the class of transformers that opens models
     of the kind that is needed; needed: the kind in words. dtype: None keeps the stored one, but for float16 on a CPU,
-    which becomes float32.
+    which becomes float32. pools: what the pooler gives is used, so that weights of it must be there.
     Raises GazeError when it is not there, of another kind, a pickle, or broken.
     """
     folder = local_path(model, TRANSFORMERS)
@@ -60,7 +67,7 @@ def open_borrowed(
     except Exception as error:  # as for the config
         raise GazeError(f"{folder} cannot be opened as {kind}: {_said(error)}", "copy the folder again") from error
     network, loading = opened
-    missing = sorted(name for name in loading["missing_keys"] if UNUSED not in name)
+    missing = sorted(name for name in loading["missing_keys"] if pools or POOLER not in name)
     if missing:
         raise GazeError(
             f"the weights in {folder} are not all that {kind} needs: no {missing[0]} and {len(missing) - 1} more",
@@ -93,6 +100,8 @@ def _kind(folder: Path, auto: str, needed: str) -> str:
         raise GazeError(f"{problem}: {_said(error)}", f"{needed} that comes with transformers") from error
     found = getattr(transformers, auto)._model_mapping.get(type(config), ())
     classes = [each.__name__ for each in (found if isinstance(found, tuple) else (found,))]
+    if auto == "AutoModel":  # opens the body of any, whatever it was trained with on top
+        return classes[0] if classes else type(config).__name__
     names = config.architectures or classes[:1] or [type(config).__name__.replace("Config", "")]
     if not {name.casefold() for name in names} & {name.casefold() for name in classes}:
         raise GazeError(f"{folder} is a {names[0]}, and {needed} is needed", f"one that {auto} opens")
@@ -110,12 +119,17 @@ def _check_weights(model: str | Path, folder: Path) -> None:
 
 
 def open_part(auto: str, folder: Path) -> Any:
-    """A tokenizer, processor or image processor of a model's folder. Raises GazeError."""
+    """A tokenizer, processor or image processor of a model's folder. Raises GazeError.
+
+    It resizes by Pillow, which is the same everywhere; transformers would take torchvision where that is installed.
+    """
     import transformers
 
     what = {"AutoTokenizer": "tokenizer", "AutoProcessor": "processor"}.get(auto, "image processor")
     try:
-        opened = getattr(transformers, auto).from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        opened = getattr(transformers, auto).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **({} if auto == "AutoTokenizer" else PILLOW)
+        )
     except Exception as error:  # as above
         problem = f"{folder} has no {what} that can be opened: {_said(error)}"
         raise GazeError(problem, "the whole folder, or what this says") from error
@@ -134,7 +148,7 @@ def _said(error: Exception) -> str:
 def device_of(name: str | None = None) -> torch.device:
     """By its name; None: this process's GPU if there is one, else the CPU. Raises GazeError where there is none."""
     if name is None:
-        return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+        return own_device()
     try:
         torch.empty(1, device=name)
         return torch.device(name)
