@@ -58,7 +58,7 @@ def open_captioner(
             raise
         said = f"{type(error).__name__}: {error}"[:300]
         hint = "--prompt TEXT" if prompt is None else "another prompt, or none"
-        raise GazeError(f"{folder}, a {type(network).__name__}, says nothing of a picture: {said}", hint) from error
+        raise GazeError(f"{folder}, a {type(network).__name__}, gives no caption: {said}", hint) from error
     return captioner
 
 
