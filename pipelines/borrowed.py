@@ -113,9 +113,11 @@ def _check_weights(model: str | Path, folder: Path) -> None:
         for path in weight_files(folder, "model"):
             read_header(path)
     except GazeError as error:
-        own = hub_id(model) is not None and not any(folder.glob("*.safetensors"))
-        hint = f"a revision that has them, such as {model}@refs/pr/1, or another model" if own else error.hint
-        raise GazeError(error.problem, hint) from None
+        found = hub_id(model)
+        if found is None or any(folder.glob("*.safetensors")):
+            raise
+        hint = f"a revision that has it, such as {found[0]}@refs/pr/1 where the hub shows one, or another model"
+        raise GazeError(f"{model}: {error.problem}", hint) from None
 
 
 def open_part(auto: str, folder: Path) -> Any:

@@ -245,6 +245,16 @@ def test_a_pickle_is_not_opened(models, tmp_path):
     assert "is a pickle, which can run code and is never opened" in broken(models, tmp_path, change)
 
 
+def test_a_model_of_the_hub_that_has_pickles_alone(models, tmp_path, monkeypatch):
+    shutil.copytree(models / "story", tmp_path / "snapshot")
+    (tmp_path / "snapshot" / "model.safetensors").unlink()
+    monkeypatch.setattr("pipelines.borrowed.local_path", lambda *_: tmp_path / "snapshot")
+    said = refusal("owner/name@v2")
+    assert "owner/name@v2: " in said
+    assert "holds no model.safetensors" in said
+    assert "such as owner/name@refs/pr/1" in said
+
+
 def test_weights_that_are_cut_off_or_missing_are_named(models, tmp_path):
     def cut(folder):
         content = (folder / "model.safetensors").read_bytes()
