@@ -1,7 +1,8 @@
 """Every `gaze` command and every piece of Python that the documentation shows works as it stands there.
 
 They run in a folder that has what they name: `castle/`, a model folder of diffusers, `castle.safetensors`, the same in
-one file, two LoRA files, and pictures. Without --model they use the shipped model.
+one file, two LoRA files, `storyteller/`, a language model of transformers, and pictures. Without --model they use the
+shipped model.
 """
 
 import re
@@ -12,9 +13,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from safetensors.torch import save_file
+from transformers.utils.logging import disable_progress_bar
 
 from diffusion.convert import convert
 from diffusion.pretrained import load_model
+from tests.borrowed_models import causal
 from tests.narrow_models import narrow_pipeline
 from tests.random_lora import flat, random_lora
 
@@ -50,7 +53,9 @@ PYTHON = [block for block in blocks("python") if UNSAFE not in block.values[0]]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
+    disable_progress_bar()  # as the command does before transformers is imported
     folder = tmp_path_factory.mktemp("made")
+    causal(folder / "storyteller")
     narrow_pipeline("sd1").save_pretrained(folder / "castle")
     convert(folder / "castle", folder / "castle.safetensors")
     networks = load_model(folder / "castle").modules

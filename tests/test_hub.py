@@ -14,7 +14,7 @@ from huggingface_hub import errors
 from huggingface_hub.file_download import repo_folder_name
 
 from diffusion.errors import GazeError
-from diffusion.hub import local_path, wanted
+from diffusion.hub import TRANSFORMERS, local_path, wanted
 from diffusion.pretrained import load_model
 from pipelines.inspection import inspect
 
@@ -173,6 +173,32 @@ def test_variants_are_fetched_where_there_is_nothing_better():
     assert wanted(new_shards) == new_shards
     assert wanted(["text_encoder_2/model.fp16.safetensors", whole]) == [whole, "text_encoder_2/model.fp16.safetensors"]
     assert wanted(["../unet/config.json", "unet/../x.json", "/model_index.json", "unet/a/b.json", f"{stem}.bin"]) == []
+
+
+def test_of_a_model_of_transformers_only_what_is_read_is_fetched(cache, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    other.mkdir()
+    read = ["config.json", "model.safetensors", "tokenizer.json", "merges.txt", "spiece.model", "chat_template.jinja"]
+    for name in [*read, "pytorch_model.bin", "modeling.py", "flax_model.msgpack", "adapter_model.safetensors"]:
+        (other / name).write_bytes(b"")
+    hub = Hub(monkeypatch, cache, other, extra=["onnx/config.json", "../config.json", "tf_model.h5"])
+    snapshot = local_path("owner/name", TRANSFORMERS)
+    assert sorted(hub.patterns) == sorted(read)
+    hub.error = AssertionError("asked again")
+    assert local_path("owner/name", TRANSFORMERS) == snapshot
+    (snapshot / "model.safetensors").unlink()
+    hub.error = errors.OfflineModeIsEnabled("offline")
+    assert "hf download owner/name --revision v2 --local-dir FOLDER, then copy" in refusal(
+        local_path, "owner/name@v2", TRANSFORMERS
+    )
+    assert "cannot be fetched" in refusal(local_path, "owner/name", TRANSFORMERS), "it is not whole"
+
+
+def test_a_folder_of_diffusers_is_no_model_of_transformers(cache, folder, monkeypatch):
+    Hub(monkeypatch, cache, folder)
+    assert "owner/name has no config.json, so it is no model of transformers" in refusal(
+        local_path, "owner/name", TRANSFORMERS
+    )
 
 
 def answer(kind):

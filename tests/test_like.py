@@ -194,7 +194,7 @@ def test_a_sheet_and_a_missing_model_are_named(gaze, model):
 def test_a_model_of_the_hub_is_taken_again_from_the_cache_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cached = []
-    monkeypatch.setattr("diffusion.hub._cached", lambda repo, revision: Path("cache") if repo in cached else None)
+    monkeypatch.setattr("diffusion.hub._cached", lambda repo, *_: Path("cache") if repo in cached else None)
     monkeypatch.setattr("diffusion.hub._fetched", lambda *_: pytest.fail("nobody asked for a download"))
     for model in ("owner/name", "owner/name@v1.5"):
         save_png(Image.new("RGB", (8, 8)), "a.png", {"prompt": "cat", "model": model})

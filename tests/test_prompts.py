@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from diffusion.prompts import DEEPEST, HIGHEST, LOWEST, Chunk, Span, escape, parse
+from diffusion.prompts import DEEPEST, HIGHEST, LOWEST, Chunk, Span, closed, escape, parse
 from diffusion.text import MOST_CHUNKS, TextEncoder
 from pipelines.text_to_image import DEFAULT_MODEL
 
@@ -133,6 +133,29 @@ def test_any_text_is_a_prompt(prompt):
 @given(ANYTHING.filter(lambda text: "BREAK" not in text))
 def test_an_escaped_text_says_itself(text):
     assert parse(escape(text)) == [Chunk(text, (Span(0, len(text), 1.0),) if text else ())]
+
+
+@given(ANYTHING)
+@example("(a:1.3")
+@example("((a [b\\")
+@example("(a) [b)")
+def test_closed_brackets_mean_the_same_and_what_follows_is_outside(prompt):
+    assert parse(closed(prompt)) == parse(prompt)
+    *before, last = parse(prompt)
+    *same, longer = parse(f"{closed(prompt)}, {escape('(x:2) ]')}")
+    assert same == before
+    assert longer.text == f"{last.text}, (x:2) ]"
+    assert longer.weights_at(range(len(longer.text))) == [
+        *last.weights_at(range(len(last.text))),
+        *[1.0] * len(", (x:2) ]"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"), [("a [b] (c", "a [b] (c:1.1)"), ("[a (b", "[a (b:1.1)]"), ("(a:1.3)", "(a:1.3)")]
+)
+def test_only_what_is_open_is_closed(prompt, expected):
+    assert closed(prompt) == expected
 
 
 def test_however_long_it_is_read_in_bounded_time_and_the_rest_is_named():
