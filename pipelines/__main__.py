@@ -152,7 +152,8 @@ def shapes(
     if path is not None:
         check_writable(path.parent)
     from pipelines import TextToImage
-    from pipelines.shapes.evaluation import evaluate_shapes, save_worst, table
+    from pipelines.shapes.evaluation import evaluate_shapes
+    from pipelines.skills import save_worst, table
 
     with progress() as advance:
         report, pictures = evaluate_shapes(

@@ -10,8 +10,9 @@ from PIL import Image
 from diffusion.errors import GazeError
 from pipelines.evaluation import wilson
 from pipelines.shapes.captions import caption
-from pipelines.shapes.evaluation import EXAM, evaluate_shapes, exam, score, table
+from pipelines.shapes.evaluation import evaluate_shapes, exam, score
 from pipelines.shapes.world import SKILLS, draw
+from pipelines.skills import EXAM, table
 from tests.small_pipeline import small_pipeline
 
 N = 30

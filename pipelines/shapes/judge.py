@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 import numpy as np
 from PIL import Image
 
+from ..facts import broken_by
 from ..images import to_rgb
-from .world import COLOURS, SHAPES, SIDE, WHITE, Facts, Object, ahead, coverage
+from ..places import SIDE
+from .world import COLOURS, SHAPES, WHITE, Facts, Object, coverage
 
 FLOOR = 40  # pixels: what is smaller is a speck, a third of the smallest object
 DIRT = 80  # pixels of specks that together count as one more object
@@ -63,33 +64,9 @@ def _of_one_colour(whole_HW: np.ndarray, parts_HW: np.ndarray) -> list[np.ndarra
 
 
 def check(facts: Facts, seen: Sequence[Object]) -> list[str]:
-    """Which of FACTS the objects break; an empty list when all of them hold.
-
-    Each thing asked for is matched with the object most like it. "count": one too few, or one more that is just like
-    what was asked for. "nothing else": there is another object. "position": the first does not lie where the relation
-    says, further in its direction than to the side, nor does any object that is as like what was asked for.
-    """
-    asked = [thing for thing in facts["objects"] for _ in range(thing["count"])]
-    wrong = {(i, j): _differing(thing, each) for i, thing in enumerate(asked) for j, each in enumerate(seen)}
-    matched: dict[int, int] = {}
-    for i, j in sorted(wrong, key=lambda pair: sum(WEIGHT[key] for key in wrong[pair])):
-        if i not in matched and j not in matched.values():
-            matched[i] = j
-    broken = {key for pair in matched.items() for key in wrong[pair]}
-    if len(matched) < len(asked):
-        broken.add("count")
-    for j in set(range(len(seen))) - set(matched.values()):
-        broken.add("nothing else" if all(wrong[i, j] for i in range(len(asked))) else "count")
-    if facts["relation"] and len(matched) == 2:
-        alike = [[each for j, each in enumerate(seen) if wrong[i, j] == wrong[i, matched[i]]] for i in (0, 1)]
-        if all(ahead(facts["relation"], *pair) <= 0 for pair in product(*alike)):
-            broken.add("position")
+    """Which of FACTS the objects break, as `broken_by` tells; an empty list when all of them hold."""
+    broken = broken_by(facts, seen, WEIGHT)
     return [fact for fact in FACTS if fact in broken]
-
-
-def _differing(thing: Facts, each: Object) -> list[str]:
-    """What is stated of a thing and not true of an object."""
-    return [key for key in WEIGHT if key in thing and getattr(each, key) != thing[key]]
 
 
 def connected(kinds_HW: np.ndarray) -> np.ndarray:
