@@ -1,22 +1,30 @@
 """What transformers' models answer when they are asked about a picture: those of visual question answering and those
-that turn pictures and texts into text."""
+that turn pictures and text into text.
+
+Shapes: S tokens so far, V tokens of the vocabulary; one picture and question at a time, so that none is padded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion.errors import GazeError
+
 from .vqa import Answer, Ask
 
+QUESTION = "{question}"
 LISTED = "{question} Answer with one of these: {choices}."
 
 
 def classifier(model: Any, processor: Any) -> Ask:
-    """Asks a model that has a fixed list of answers, such as ViLT; it says each with a probability of its own."""
+    """Asks a model that knows a fixed list of answers, such as ViLT (Kim et al. 2021), where each has a probability of
+    its own."""
     labels = {label.strip().lower(): number for number, label in model.config.id2label.items()}
 
     @torch.inference_mode()
@@ -25,30 +33,31 @@ def classifier(model: Any, processor: Any) -> Ask:
         if not known:
             return Answer(None, 0.0)
         inputs = processor(images=picture, text=question, truncation=True, return_tensors="pt")
-        scores = model(**inputs.to(model.device, model.dtype)).logits[0].float().sigmoid()
-        best = max(known, key=lambda choice: scores[known[choice]])
-        return Answer(best, float(scores[known[best]]))
+        chances_V = model(**inputs.to(model.device, model.dtype)).logits[0].float().sigmoid()
+        best = max(known, key=lambda choice: chances_V[known[choice]])
+        return Answer(best, float(chances_V[known[best]]))
 
     return ask
 
 
-def writer(model: Any, processor: Any, listed: bool, around: str | None = None) -> Ask:
-    """Asks a model that writes: at each step it may only go on with a choice, and takes the most likely token. Each
-    choice is tried as it stands and with a capital, with and without a space before it. The probability is that of the
-    tokens written, among all tokens.
+def writer(model: Any, processor: Any, list_choices: bool, around: str | None = None) -> Ask:
+    """Asks a model that writes. It may write nothing but one of the choices: at each step it takes the most likely of
+    the tokens that go on with one. A choice may begin with a capital, and with a space. The probability is that of the
+    tokens written, among all tokens; the end of the answer does not count.
 
-    listed: names the choices in the question, if there are several. around: text with {question}, for a model without
-    a chat template; None: the question alone.
+    list_choices: says in the question what there is to choose from. around: a text with {question}, for a model that
+    has no chat template or should not use it. GazeError: it has no {question}.
     """
+    if around is not None and QUESTION not in around:
+        raise GazeError(f"{around!r:.200} has no place for the question", '"Question: {question} Answer:"')
     tokenizer = processor.tokenizer
-    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-    template = "{question}" if around is None else around
+    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     chats = around is None and getattr(processor, "chat_template", None) is not None
+    template = around or QUESTION
 
     def read(picture: Image.Image, question: str) -> Any:
         if not chats:
-            text = template.replace("{question}", question)
-            return processor(images=picture, text=text, return_tensors="pt")
+            return processor(images=picture, text=template.replace(QUESTION, question), return_tensors="pt")
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         return processor.apply_chat_template(
             [{"role": "user", "content": content}],
@@ -60,23 +69,40 @@ def writer(model: Any, processor: Any, listed: bool, around: str | None = None) 
 
     @torch.inference_mode()
     def ask(picture: Image.Image, question: str, choices: Sequence[str]) -> Answer:
-        if listed and len(choices) > 1:
+        if list_choices and len(choices) > 1:
             question = LISTED.format(question=question, choices=", ".join(choices))
-        forms = {tuple(_ids(tokenizer, form)): choice for choice in choices for form in _forms(choice)}
-        steps = max(map(len, forms))
-        restrict = _Restrict([[*form, end] for form in forms])
+        ends = {(*ids, end): choice for choice in choices for ids in _spellings(tokenizer, choice)}
+        written: list[int] = []
         out = model.generate(
             **read(picture, question).to(model.device, model.dtype),
-            max_new_tokens=steps,
+            max_new_tokens=max(map(len, ends)) - 1,
             do_sample=False,
             num_beams=1,
-            logits_processor=[restrict],
+            logits_processor=[_only(ends, written)],
             output_logits=True,
             return_dict_in_generate=True,
         )
-        written = (*restrict.written, end)
-        form = next(form for form in forms if written[: len(form) + 1] == (*form, end))
-        chances = [float(logits_1V[0].float().softmax(0)[token]) for logits_1V, token in zip(out.logits, form)]
-        return Answer(forms[form], math.prod(chances))
+        answer = next(ids for ids in ends if (*written, end)[: len(ids)] == ids)
+        chances_1V = [logits_1V.float().softmax(1) for logits_1V in out.logits]
+        probability = math.prod(float(chances_1V[step][0, token]) for step, token in enumerate(answer[:-1]))
+        return Answer(ends[answer], probability)
 
     return ask
+
+
+def _spellings(tokenizer: Any, choice: str) -> list[tuple[int, ...]]:
+    """The tokens of a choice as it may stand in an answer."""
+    texts = [space + text for text in (choice, choice[:1].upper() + choice[1:]) for space in ("", " ")]
+    return [tuple(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
+
+
+def _only(answers: Collection[tuple[int, ...]], written: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
+    """For `generate`: lets it write only one of the answers. written: receives the tokens."""
+
+    def restrict(ids_1S: Tensor, scores_1V: Tensor) -> Tensor:
+        step = len(written)
+        following = sorted({ids[step] for ids in answers if len(ids) > step and [*ids[:step]] == written})
+        written.append(following[int(scores_1V[0, following].argmax())] if following else written[-1])
+        return torch.full_like(scores_1V, -math.inf).index_fill_(1, scores_1V.new_tensor([written[-1]]).long(), 0.0)
+
+    return restrict

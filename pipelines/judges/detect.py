@@ -157,8 +157,7 @@ def relations(one: Box, other: Box, margin: float = DEFAULT.margin) -> list[str]
     offsets = [(one[i] + one[i + 2] - other[i] - other[i + 2]) / 2 for i in (0, 1)]
     sides = [one[i + 2] - one[i] + other[i + 2] - other[i] for i in (0, 1)]
     half = math.hypot(*offsets) / 2
-    right, down = (
-        math.copysign(max(abs(offset) - margin * side, 0.0), offset) for offset, side in zip(offsets, sides, strict=True)
-    )
+    reduced = [max(abs(offset) - margin * side, 0.0) for offset, side in zip(offsets, sides, strict=True)]
+    right, down = map(math.copysign, reduced, offsets)
     left = {"left of": -right, "right of": right, "above": -down, "below": down}
     return [relation for relation, length in left.items() if length > half]

@@ -6,21 +6,22 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from diffusion.errors import GazeError
-
-from .facts import COLOURS, COUNTING, RELATIONS
+from ..places import RELATIONS
+from ..skills import enough
+from .facts import COLOURS, COUNTING
 
 SKILLS = ("single_object", "two_object", COUNTING, "colors", "position", "color_attr")  # named as GenEval's tags
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 OPENINGS = ("a picture of", "a photograph of", "an image that shows")
 SIDES = {"left of": "to the left of", "right of": "to the right of"}
-NAMES = (
+WORDS = (
     "apple armchair backpack ball banana basket bear bed bell bench bicycle bird boat book bottle bowl bridge broom "
     "bucket bus butterfly cake camera candle car carrot cat chair clock coat cow crab cup dog donkey door drum duck "
     "elephant envelope flower fork frog giraffe guitar hammer hat horse house kettle key kite ladder lamp laptop lemon "
     "lion mirror mushroom owl parrot pear penguin piano pillow plate pumpkin rabbit ship shoe shovel snail sofa spoon "
     "strawberry suitcase table teapot tent tractor train tree trumpet turtle umbrella vase violin watch wheel zebra"
-).split()
+)
+NAMES = WORDS.split()
 
 
 def everyday(index: int, seed: int = 0) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def everyday(index: int, seed: int = 0) -> dict[str, Any]:
     skill = SKILLS[index % len(SKILLS)]
     one, other = ({"class": name, "count": 1} for name in random.sample(NAMES, 2))
     opening, colours = random.choice(OPENINGS), random.sample(COLOURS, 2)
-    relation, count = random.choice(RELATIONS), random.choice([*NUMBERS])
+    relation, count = random.choice([*RELATIONS]), random.choice([*NUMBERS])
     if skill == "single_object":
         one["class"] = Random(f"everyday/{seed}").sample(NAMES, len(NAMES))[index // len(SKILLS) % len(NAMES)]
     if skill == COUNTING:
@@ -49,9 +50,7 @@ def everyday(index: int, seed: int = 0) -> dict[str, Any]:
 
 def exam(n: int) -> list[dict[str, Any]]:
     """The first n prompts of seed 0. GazeError: fewer than there are skills."""
-    if n < len(SKILLS):
-        raise GazeError(f"{n} prompts are too few for {len(SKILLS)} skills", "-n 300, which is 50 of each")
-    return [everyday(index) for index in range(n)]
+    return [everyday(index) for index in range(enough(n, SKILLS))]
 
 
 def plural(noun: str) -> str:

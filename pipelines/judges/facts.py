@@ -1,4 +1,4 @@
-"""What a prompt says of a picture, as GenEval states it (Ghosh et al. 2023, evaluation_metadata.jsonl), read strictly."""
+"""What a prompt says of a picture, as GenEval's evaluation_metadata.jsonl states it (Ghosh et al. 2023)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 from diffusion.errors import GazeError, nearest
 
-RELATIONS = ("left of", "right of", "above", "below")
+from ..places import RELATIONS
+
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COUNTING = "counting"
 EXAMPLE = '{"prompt": "two red cups", "tag": "counting", "include": [{"class": "cup", "count": 2, "color": "red"}]}'

@@ -1,4 +1,4 @@
-"""Questions about a picture whose answers its prompt gives, as TIFA asks them (Hu et al. 2023): of a file, or from facts."""
+"""Questions about a picture whose answers its prompt gives, as in TIFA (Hu et al. 2023): of a file, or from facts."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _question(where: str, entry: Any) -> Question:
     question, answer, choices = stated.get("question"), stated.get("answer"), stated.get("choices") or TRUTH
     texts = [question, answer, *choices] if isinstance(choices, list | tuple) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
-        raise GazeError(f"{where}: {entry!r:.200} is no question with choices and an answer", f"lines such as {EXAMPLE}")
+        raise GazeError(f"{where}: {entry!r:.200} is no question with an answer", f"lines such as {EXAMPLE}")
     if answer not in choices:
         choose = ", ".join(choices)
         raise GazeError(f"{where}: the answer {answer!r:.100} to {question!r:.200} is none of its choices", choose)

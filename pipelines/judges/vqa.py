@@ -18,8 +18,8 @@ DOES_IT_SHOW = 'Does this figure show "{prompt}"? Please answer yes or no.'  # L
 
 
 class Answer(NamedTuple):
-    """text: one of the choices; None: the model can say none of them. probability: that the model says this, of all that
-    it could say."""
+    """text: one of the choices; None: the model can say none of them. probability: that it says this, of all that it
+    could say."""
 
     text: str | None
     probability: float
@@ -38,7 +38,7 @@ def tifa_judge(ask: Ask, questions: Mapping[str, Sequence[Question]]) -> Judge:
 
     def judge(prompt: str, picture: Image.Image) -> Verdict:
         if not questions.get(prompt):
-            raise GazeError(f"there are no questions about {prompt!r:.200}", "--questions FILE, which has some for each")
+            raise GazeError(f"there are no questions about {prompt!r:.200}", "a file with some for each prompt")
         asked = []
         for each in questions[prompt]:
             answer = ask(picture, each.question, each.choices)
