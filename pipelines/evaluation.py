@@ -5,12 +5,11 @@ Shapes: B pictures, N true pictures, P pooled values of a picture.
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,18 +20,23 @@ from diffusion.errors import GazeError, nearest
 from diffusion.prompts import escape
 
 from .images import to_rgb, to_tensor
+from .judges.pictures import picture_of, read_lines
 
+ENGLISH = "en"
 FOLDERS = {"seen": "train", "heldout": "heldout"}
 SEEN_PROMPTS = 200
 POOLED = 32
 OF_ONE_PICTURE = ("prompt", "negative_prompt", "seed")
 Z_95 = 1.959963984540054
+T = TypeVar("T")
 
 
 class Truth(NamedTuple):
-    """A true picture: what it is called, its pixels, and those mean-pooled."""
+    """A true picture: what it is called, what asks for it (None in a language without a name for it), its pixels, and
+    those mean-pooled."""
 
     name: str
+    prompt: str | None
     pixels: bytes
     pooled_P: Tensor
 
@@ -55,6 +59,7 @@ def evaluate_retrieval(
     guidance_scale: float | None = None,
     batch: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    language: str = ENGLISH,
 ) -> dict[str, Any]:
     """Retrieval accuracy: of all true pictures, is the one nearest to the generated picture the one asked for?
 
@@ -65,26 +70,34 @@ def evaluate_retrieval(
     pipe: a TextToImage. data: a folder with train/ and heldout/, each with pictures and metadata.jsonl.
     split: "seen" (train) or "heldout". n: prompts, a choice fixed by the seed; None: 200 seen or all held-out ones.
     steps, guidance_scale: None takes the model's. progress: called with (done, total) after each batch.
-    Returns score, low, high (a Wilson 95 % interval), n, right, split, right_under_another_name, settings and misses
-    (prompt and the name of the nearest picture). Raises GazeError.
+    language: of the names. The choice does not depend on it; a picture without a name in it is not asked for.
+    Returns score, low, high (a Wilson 95 % interval), n, right, split, language, right_under_another_name, settings
+    and misses (prompt and the name of the nearest picture). Raises GazeError.
     """
     if split not in FOLDERS:
         raise GazeError(f"unknown split {split!r}", nearest(split, FOLDERS))
-    folders = {key: read_truths(Path(data) / folder) for key, folder in FOLDERS.items()}
+    folders = {key: read_truths(Path(data) / folder, language) for key, folder in FOLDERS.items()}
     truths = [truth for folder in folders.values() for truth in folder]
-    asked = _choose(folders[split], split, n, seed)
+    asked = [truth for truth in _choose(folders[split], split, n, seed) if truth.prompt is not None]
+    if not asked:
+        raise GazeError(
+            f"no picture of the {split} split of {data} that is asked for has a name in {language!r}",
+            f"python -m train data emoji FOLDER --languages en {language} builds them, where CLDR has that language",
+        )
     true_NP = torch.stack([truth.pooled_P for truth in truths])
 
     found: list[Truth] = []
     settings: dict[str, Any] = {}
-    prompts = [escape(truth.name) for truth in asked]
+    prompts = [escape(str(truth.prompt)) for truth in asked]
     for result in in_batches(pipe, prompts, seed, steps, guidance_scale, batch, progress):
         settings = in_common(result)
         made_BP = torch.stack([pool(image) for image in result.images])
         found += [truths[i] for i in torch.cdist(made_BP, true_NP).argmin(dim=1).tolist()]
 
     twins = sum(a.name != f.name and a.pixels == f.pixels for a, f in zip(asked, found, strict=True))
-    misses = [{"prompt": a.name, "nearest": f.name} for a, f in zip(asked, found, strict=True) if a.pixels != f.pixels]
+    misses = [
+        {"prompt": a.prompt, "nearest": f.name} for a, f in zip(asked, found, strict=True) if a.pixels != f.pixels
+    ]
     right = len(asked) - len(misses)
     low, high = wilson(right, len(asked))
     return {
@@ -95,6 +108,7 @@ def evaluate_retrieval(
         "right": right,
         "right_under_another_name": twins,
         "split": split,
+        "language": language,
         "settings": {"seed": seed, "true_pictures": len(truths), **settings},
         "misses": misses,
     }
@@ -132,31 +146,38 @@ def pool(image: Image.Image) -> Tensor:
     return F.adaptive_avg_pool2d(to_tensor(image).double(), POOLED).flatten()
 
 
-def read_truths(folder: Path) -> list[Truth]:
-    """The pictures of a folder with metadata.jsonl; the name is the key "name", else the first caption."""
-    metadata = folder / "metadata.jsonl"
-    hint = "python -m train data emoji FOLDER builds one"
-    try:
-        lines = metadata.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise GazeError(f"{metadata} cannot be read: {error.strerror or error}", hint) from error
-    truths = []
-    for number, line in enumerate(lines, start=1):
+def read_truths(folder: Path, language: str = ENGLISH) -> list[Truth]:
+    """The pictures of a folder with metadata.jsonl; the name is the key "name", else the first caption. In a language
+    other than English the picture is asked for by "name_fr", for example."""
+
+    def truth(entry: dict[str, Any], picture: Image.Image) -> Truth:
+        caption = entry["text"] if isinstance(entry["text"], str) else entry["text"][0]
+        name = str(entry.get("name", caption))
+        prompt = name if language == ENGLISH else entry.get(f"name_{language}")
+        return Truth(name, prompt, _identity(picture), pool(to_rgb(picture)))
+
+    return read_each(folder, truth, "python -m train data emoji FOLDER builds one")
+
+
+def read_each(folder: Path, make: Callable[[dict[str, Any], Image.Image], T], hint: str) -> list[T]:
+    """What `make` makes of each line of folder/metadata.jsonl and the picture that it names, which is still open.
+
+    Raises GazeError with file, line and hint, also where `make` raises for a key that is not there or of another kind.
+    """
+    metadata, found = folder / "metadata.jsonl", []
+    for where, row in read_lines(metadata, hint):
         try:
-            entry = json.loads(line)
-            caption = entry["text"] if isinstance(entry["text"], str) else entry["text"][0]
-            with Image.open(folder / entry["file_name"]) as image:
-                picture = to_rgb(image)
-            truths.append(Truth(str(entry.get("name", caption)), _identity(picture), pool(picture)))
+            with Image.open(picture_of(where, row, folder)) as image:
+                found.append(make(row, image))
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise GazeError(f"{metadata}, line {number}: {error}", hint) from error
-    if not truths:
+            raise GazeError(f"{where}: {error}", hint) from error
+    if not found:
         raise GazeError(f"{metadata} names no picture", hint)
-    return truths
+    return found
 
 
 def _identity(picture: Image.Image) -> bytes:
-    return f"{picture.size}".encode() + picture.tobytes()
+    return f"{picture.size}".encode() + to_rgb(picture).tobytes()
 
 
 def _choose(truths: list[Truth], split: str, n: int | None, seed: int) -> list[Truth]:

@@ -15,7 +15,7 @@ from typing import Any
 from diffusion.errors import GazeError, nearest
 
 USAGE = """\
-python -m train data emoji OUT [--size 64]                   build the emoji data
+python -m train data emoji OUT [--languages en fr]           build the emoji data
 python -m train data shapes OUT --count 10000 [--masks]      draw scenes of plain shapes
 python -m train data pack SOURCE OUT [--shard-size 10000]    tar shards of the pictures that decode
 python -m train data check SOURCE                            verify all of it, name what is wrong
@@ -40,10 +40,11 @@ def _emoji(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m train data emoji")
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
+    parser.add_argument("--languages", nargs="+", default=["en"], help="of the captions: en, fr or others of CLDR's")
     arguments = parser.parse_args(words)
     from .emoji import build_emoji
 
-    for key, value in build_emoji(arguments.out, arguments.size).items():
+    for key, value in build_emoji(arguments.out, arguments.size, languages=arguments.languages).items():
         print(f"{key}: {value}")
     return 0
 
