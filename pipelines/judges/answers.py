@@ -15,11 +15,32 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion.errors import GazeError
+from diffusion.files import read_json
+from diffusion.hub import CONFIG, transformers_path
 
+from .models import open_judge
 from .vqa import Answer, Ask
 
 QUESTION = "{question}"
 LISTED = "{question} Answer with one of these: {choices}."
+
+
+def open_asker(name: str, around: str | None = None, dtype: str = "float32") -> Ask:
+    """What asks a model of a folder or the hub. around: see `writer`. Raises GazeError."""
+    from transformers import AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, AutoProcessor
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WRITING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES as ANSWERING
+
+    config = read_json(transformers_path(name) / CONFIG)
+    answers = bool({*(config.get("architectures") or [])} & {*ANSWERING.values()})  # the type is not enough for BLIP
+    if not answers and config.get("model_type") not in WRITING:
+        problem = f"{name} is a model of type {config.get('model_type')!r:.100}, which answers no questions"
+        raise GazeError(problem, "one of visual question answering, or one that turns pictures and text into text")
+    auto = AutoModelForVisualQuestionAnswering if answers else AutoModelForImageTextToText
+    model, processor = open_judge(name, auto, AutoProcessor, dtype)
+    if not model.can_generate():
+        return classifier(model, processor)
+    return writer(model, processor, list_choices=not answers, around=around)
 
 
 def classifier(model: Any, processor: Any) -> Ask:

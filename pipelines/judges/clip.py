@@ -38,7 +38,9 @@ def clip_judge(name: str, prefix: str | None = None, dtype: str = "float32") -> 
 
     network, prepare = open_judge(name, AutoModel, AutoProcessor, dtype)
     if not (hasattr(network, "logit_scale") and hasattr(prepare, "tokenizer")):
-        raise GazeError(f"{name} is {type(network).__name__}, which embeds no texts beside pictures", "a CLIP or SigLIP")
+        raise GazeError(
+            f"{name} is {type(network).__name__}, which embeds no texts beside pictures", "a CLIP or SigLIP"
+        )
     bias = getattr(network, "logit_bias", None)
     before = prefix if prefix is not None else PREFIX if bias is None else ""
     longest = min(prepare.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)

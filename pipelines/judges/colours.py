@@ -15,9 +15,23 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffusion.errors import GazeError
+
 from .detect import Box, NameColours
+from .models import open_judge
 
 PHRASES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
+
+
+def open_colours(name: str, colours: Sequence[str], dtype: str = "float32") -> NameColours:
+    """What names colours, with a model of a folder or the hub. GazeError: it embeds no texts and pictures, and what
+    `open_judge` raises."""
+    from transformers import AutoModel, AutoProcessor
+
+    model, processor = open_judge(name, AutoModel, AutoProcessor, dtype)
+    if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
+        raise GazeError(f"{name} is {type(model).__name__}, which embeds no texts beside pictures", "a CLIP or SigLIP")
+    return colour_namer(model, processor, colours)
 
 
 def colour_namer(model: Any, processor: Any, colours: Sequence[str]) -> NameColours:

@@ -14,6 +14,14 @@ SKILLS = ("single_object", "two_object", COUNTING, "colors", "position", "color_
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 OPENINGS = ("a picture of", "a photograph of", "an image that shows")
 SIDES = {"left of": "to the left of", "right of": "to the right of"}
+IRREGULAR = {
+    "person": "people",
+    "mouse": "mice",
+    "knife": "knives",
+    "sheep": "sheep",
+    "scissors": "scissors",
+    "skis": "skis",
+}
 WORDS = (
     "apple armchair backpack ball banana basket bear bed bell bench bicycle bird boat book bottle bowl bridge broom "
     "bucket bus butterfly cake camera candle car carrot cat chair clock coat cow crab cup dog donkey door drum duck "
@@ -54,7 +62,10 @@ def exam(n: int) -> list[dict[str, Any]]:
 
 
 def plural(noun: str) -> str:
-    """Of a regular English noun, such as those of NAMES."""
+    """Of an English noun, such as those of NAMES and of COCO's classes."""
+    *before, last = noun.split(" ")
+    if last in IRREGULAR:
+        return " ".join([*before, IRREGULAR[last]])
     if noun.endswith(("s", "x", "ch", "sh")):
         return f"{noun}es"
     return f"{noun[:-1]}ies" if noun.endswith("y") and noun[-2:-1] not in "aeiou" else f"{noun}s"

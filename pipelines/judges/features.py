@@ -62,7 +62,10 @@ def distance_of(kind: str, real_ND: np.ndarray, made_MD: np.ndarray, seed: int =
     real_N, made_M = deal(len(real_ND), seed), deal(len(made_MD), seed + 1)
     if kind == "kid":
         return kernel_distance_of(
-            *([each[groups == group] for group in range(GROUPS)] for each, groups in ((real_ND, real_N), (made_MD, made_M)))
+            *(
+                [each[groups == group] for group in range(GROUPS)]
+                for each, groups in ((real_ND, real_N), (made_MD, made_M))
+            )
         )
     return lambda kept_G: frechet(real_ND[kept_G[real_N]], made_MD[kept_G[made_M]])
 

@@ -27,7 +27,9 @@ def open_judge(name: str, model: Any, processor: Any, dtype: str = "float32") ->
         prepare = processor.from_pretrained(folder, local_files_only=True, trust_remote_code=False, backend="pil")
     except Exception as error:  # a file may make transformers raise almost any
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise GazeError(f"{name} cannot be opened to judge ({reason})", "a model for this task, with all its files") from error
+        raise GazeError(
+            f"{name} cannot be opened to judge ({reason})", "a model for this task, with all its files"
+        ) from error
     missing = sorted(loading["missing_keys"])
     if missing:
         some = f"{', '.join(missing[:3])}{' and others' if missing[3:] else ''}"
