@@ -18,6 +18,7 @@ from ..images import to_rgb
 from .models import open_judge
 from .verdict import Judge, Verdict
 
+NEEDED = "a model that embeds texts and pictures, such as a CLIP or a SigLIP,"
 WEIGHT = 2.5  # w of CLIPScore
 PREFIX = "A photo depicts "  # before each caption, as CLIPScore was published
 
@@ -34,13 +35,9 @@ def clip_judge(name: str, prefix: str | None = None, dtype: str = "float32") -> 
     name: a folder or an id on the hub. prefix: another text before each prompt. dtype: of the weights.
     Raises GazeError when it cannot be opened, or embeds no texts and pictures.
     """
-    from transformers import AutoModel, AutoProcessor
-
-    network, prepare = open_judge(name, AutoModel, AutoProcessor, dtype)
-    if not (hasattr(network, "logit_scale") and hasattr(prepare, "tokenizer")):
-        raise GazeError(
-            f"{name} is {type(network).__name__}, which embeds no texts beside pictures", "a CLIP or SigLIP"
-        )
+    network, prepare = open_judge(name, NEEDED, dtype=dtype)
+    if not (hasattr(network, "get_text_features") and hasattr(network, "get_image_features")):
+        raise GazeError(f"{name} is {type(network).__name__}, and {NEEDED} is needed", "another model with --judge")
     bias = getattr(network, "logit_bias", None)
     before = prefix if prefix is not None else PREFIX if bias is None else ""
     longest = min(prepare.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)

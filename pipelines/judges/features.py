@@ -11,14 +11,18 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.numpy import load, save
 
 from diffusion.errors import GazeError
 
-from ..images import to_rgb
+from ..images import open_picture, to_rgb
+from ..processes import Processes, own_device
 from .interval import GROUPS, deal
 from .models import open_judge
+from .verdict import Judge, Verdict
 
 OF_RESIZING = ("size", "resample", "crop_size", "do_resize", "do_center_crop")
+NEEDED = "a network with pooled features, such as a CLIP, a DINOv2 or a ResNet,"
 Features = Callable[[Sequence[Image.Image]], np.ndarray]
 
 
@@ -29,9 +33,7 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
     embedding, at its own length. The network's own processor resizes, by Pillow; how is among the settings.
     Raises GazeError when it cannot be opened; the features do when it pools nothing.
     """
-    from transformers import AutoImageProcessor, AutoModel
-
-    network, prepare = open_judge(name, AutoModel, AutoImageProcessor, dtype)
+    network, prepare = open_judge(name, NEEDED, processor="AutoImageProcessor", dtype=dtype)
     look = getattr(network, "get_image_features", network)
 
     @torch.inference_mode()
@@ -39,35 +41,41 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
         inputs = prepare(images=[to_rgb(image) for image in images], return_tensors="pt")
         pooled = getattr(look(**inputs.to(network.device, network.dtype)), "pooler_output", None)
         if pooled is None:
-            raise GazeError(f"{name} is {type(network).__name__}, which pools nothing", "a CLIP, DINOv2 or ResNet")
+            raise GazeError(f"{name} is {type(network).__name__}, and {NEEDED} is needed", "another one with --judge")
         return pooled.flatten(1).double().cpu().numpy()
 
     about = {key: value for key, value in prepare.to_dict().items() if key in OF_RESIZING}
     return features, {"judge": name, "network": type(network).__name__, **about, "judge_dtype": dtype}
 
 
+def enough(kind: str, real_N: int, made_M: int, width: int) -> None:
+    """Raises GazeError when a set is too small; to be called before the pictures are drawn.
+
+    A covariance of width D has full rank from D + 1 features on, also when a twentieth is left out for the interval. A
+    kernel distance has no such limit, but needs 20 groups of two.
+    """
+    fewest, least = min(real_N, made_M), -(-(width + 1) * GROUPS // (GROUPS - 1)) if kind == "fid" else 2 * GROUPS
+    if fewest < least:
+        what = f"a covariance of {width} features" if kind == "fid" else f"the interval of {kind}"
+        others = "; or gaze evaluate kid, or a network with fewer features" if kind == "fid" else ""
+        raise GazeError(
+            f"{fewest} {'made' if made_M == fewest else 'real'} pictures are too few for {what}",
+            f"at least {least}, real and made{others}",
+        )
+
+
 def distance_of(kind: str, real_ND: np.ndarray, made_MD: np.ndarray, seed: int = 0) -> Callable[[np.ndarray], float]:
     """The distance of a kind, "fid" or "kid", for `interval.of_distance`; the seed deals the pictures into groups.
 
-    Raises GazeError when a set is too small: a covariance of width D has full rank from D + 1 features on, and of a
-    group of two a kernel distance can still be taken without any other.
+    Raises GazeError when a set is too small.
     """
-    width, fewest = real_ND.shape[1], min(len(real_ND), len(made_MD))
-    least = -(-(width + 1) * GROUPS // (GROUPS - 1)) if kind == "fid" else 2 * GROUPS
-    if fewest < least:
-        where = "made" if len(made_MD) == fewest else "real"
-        why = f"{kind} with {width} features" if kind == "fid" else f"the interval of {kind}"
-        other = ", or gaze evaluate kid, or a network with fewer features" if kind == "fid" else ""
-        raise GazeError(f"{fewest} {where} pictures are too few for {why}", f"at least {least} of both{other}")
+    enough(kind, len(real_ND), len(made_MD), real_ND.shape[1])
     real_N, made_M = deal(len(real_ND), seed), deal(len(made_MD), seed + 1)
-    if kind == "kid":
-        return kernel_distance_of(
-            *(
-                [each[groups == group] for group in range(GROUPS)]
-                for each, groups in ((real_ND, real_N), (made_MD, made_M))
-            )
-        )
-    return lambda kept_G: frechet(real_ND[kept_G[real_N]], made_MD[kept_G[made_M]])
+    if kind == "fid":
+        return lambda kept_G: frechet(real_ND[kept_G[real_N]], made_MD[kept_G[made_M]])
+    real, made = ([each[dealt == group] for group in range(GROUPS)]
+                  for each, dealt in ((real_ND, real_N), (made_MD, made_M)))  # fmt: skip
+    return kernel_distance_of(real, made)
 
 
 def frechet(real_ND: np.ndarray, made_MD: np.ndarray) -> float:
@@ -111,3 +119,46 @@ def _kernel_sums(some: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> np
 
 def _kernel(products: np.ndarray, width: int) -> np.ndarray:
     return (products / width + 1) ** 3
+
+
+def collect_real(
+    processes: Processes, files: Sequence[str], features: Features, batch_size: int, advance: Callable[..., None]
+) -> np.ndarray:
+    """real_ND of these pictures, in all processes, each of which looks at its part."""
+    part, mine = processes.part(len(files)), []
+    at_once = 1 if own_device().type == "cpu" else batch_size
+    for start in range(part.start, part.stop, at_once):
+        advance((start - part.start) / len(part), f"real picture {start + 1}/{len(files)}")
+        mine.append(features([open_picture(file) for file in files[start : min(start + at_once, part.stop)]]))
+    count = processes.count
+    return joined(processes.share(count, [joined(mine)], pack_features, unpack_features, "real"))
+
+
+def nearest_judge(features: Features, real_ND: np.ndarray, files: Sequence[str], made: list[np.ndarray]) -> Judge:
+    """A judge that says how far a picture is from the nearest real one in the space of features: the score is less than
+    0, and 0 for a picture that is a real one. It leaves each picture's features in `made`."""
+    squares_N = (real_ND**2).sum(1)
+
+    def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
+        found_BD = features(images)
+        made.append(found_BD)
+        places_B = (squares_N - 2 * found_BD @ real_ND.T).argmin(1)
+        far_B = np.linalg.norm(found_BD - real_ND[places_B], axis=1)
+        return [Verdict(-far, {"nearest": files[place]}) for far, place in zip(far_B.tolist(), places_B, strict=True)]
+
+    return judge
+
+
+def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """The features of all parts but the empty ones, which do not know their width."""
+    return np.concatenate([part for part in parts if len(part)] or [np.zeros((0, 0))])
+
+
+def pack_features(features_ND: np.ndarray) -> bytes:
+    """For another process."""
+    return save({"features": np.ascontiguousarray(features_ND)})
+
+
+def unpack_features(data: bytes) -> np.ndarray:
+    """What `pack_features` was given."""
+    return load(data)["features"]

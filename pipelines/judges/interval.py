@@ -24,12 +24,18 @@ def of_share(share: float, n: int) -> dict[str, Any]:
     return {"score": share, "low": low, "high": high, "n": n}
 
 
+def enough(n: int) -> None:
+    """Raises GazeError for fewer scores than `of_mean` takes; to be called before they are worked for."""
+    if n < LEAST:
+        raise GazeError(f"{n} {'picture is' if n == 1 else 'pictures are'} too few for an interval of their mean score",
+                        f"at least {LEAST}")  # fmt: skip
+
+
 def of_mean(scores: Sequence[float], seed: int = 0) -> dict[str, Any]:
     """score, low, high and n of a mean; the interval is the percentile bootstrap's (Efron 1979), a function of the
     seed and the scores. GazeError: fewer than 10 scores."""
     n = len(scores)
-    if n < LEAST:
-        raise GazeError(f"{n} scores are too few for an interval of their mean", f"at least {LEAST} pictures")
+    enough(n)
     scores_N, random = np.asarray(scores, dtype=np.float64), np.random.default_rng(seed)
     means = [scores_N[random.integers(0, n, n)].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975])
