@@ -16,28 +16,25 @@ from torch import Tensor
 
 from diffusion.errors import GazeError
 from diffusion.files import read_json
-from diffusion.hub import CONFIG, transformers_path
+from diffusion.hub import TRANSFORMERS, local_path
 
 from .models import open_judge
 from .vqa import Answer, Ask
 
+NEEDED = "a model that answers questions about a picture, or writes text about one,"
 QUESTION = "{question}"
 LISTED = "{question} Answer with one of these: {choices}."
 
 
 def open_asker(name: str, around: str | None = None, dtype: str = "float32") -> Ask:
     """What asks a model of a folder or the hub. around: see `writer`. Raises GazeError."""
-    from transformers import AutoModelForImageTextToText, AutoModelForVisualQuestionAnswering, AutoProcessor
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WRITING
     from transformers.models.auto.modeling_auto import MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES as ANSWERING
 
-    config = read_json(transformers_path(name) / CONFIG)
-    answers = bool({*(config.get("architectures") or [])} & {*ANSWERING.values()})  # the type is not enough for BLIP
-    if not answers and config.get("model_type") not in WRITING:
-        problem = f"{name} is a model of type {config.get('model_type')!r:.100}, which answers no questions"
-        raise GazeError(problem, "one of visual question answering, or one that turns pictures and text into text")
-    auto = AutoModelForVisualQuestionAnswering if answers else AutoModelForImageTextToText
-    model, processor = open_judge(name, auto, AutoProcessor, dtype)
+    config = local_path(name, TRANSFORMERS) / TRANSFORMERS.index
+    trained = read_json(config).get("architectures") if config.is_file() else None
+    answers = bool({*(trained or [])} & {*ANSWERING.values()})  # the type does not tell: BLIP comes in both kinds
+    auto = "AutoModelForVisualQuestionAnswering" if answers else "AutoModelForImageTextToText"
+    model, processor = open_judge(name, NEEDED, auto, dtype=dtype)
     if not model.can_generate():
         return classifier(model, processor)
     return writer(model, processor, list_choices=not answers, around=around)
@@ -97,8 +94,6 @@ def writer(model: Any, processor: Any, list_choices: bool, around: str | None = 
         out = model.generate(
             **read(picture, question).to(model.device, model.dtype),
             max_new_tokens=max(map(len, ends)) - 1,
-            do_sample=False,
-            num_beams=1,
             logits_processor=[_only(ends, written)],
             output_logits=True,
             return_dict_in_generate=True,

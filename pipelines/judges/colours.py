@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusion.errors import GazeError
 
+from .clip import NEEDED
 from .detect import Box, NameColours
 from .models import open_judge
 
@@ -26,11 +27,9 @@ PHRASES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}
 def open_colours(name: str, colours: Sequence[str], dtype: str = "float32") -> NameColours:
     """What names colours, with a model of a folder or the hub. GazeError: it embeds no texts and pictures, and what
     `open_judge` raises."""
-    from transformers import AutoModel, AutoProcessor
-
-    model, processor = open_judge(name, AutoModel, AutoProcessor, dtype)
+    model, processor = open_judge(name, NEEDED, dtype=dtype)
     if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
-        raise GazeError(f"{name} is {type(model).__name__}, which embeds no texts beside pictures", "a CLIP or SigLIP")
+        raise GazeError(f"{name} is {type(model).__name__}, and {NEEDED} is needed", "another model with --colours")
     return colour_namer(model, processor, colours)
 
 

@@ -17,14 +17,13 @@ from diffusion.errors import GazeError
 from .detect import Find, Found
 from .models import open_judge
 
+NEEDED = "a detector that is given names, such as an OWL-ViT, an OWLv2 or a Grounding DINO,"
 GROUNDED = ("grounding-dino", "mm-grounding-dino")  # read all names as one text, and say which tokens a box goes with
 
 
 def open_detector(name: str, threshold: float = 0.0, dtype: str = "float32") -> Find:
     """What finds objects with a detector of a folder or the hub. threshold: see `detector`. Raises GazeError."""
-    from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
-
-    return detector(*open_judge(name, AutoModelForZeroShotObjectDetection, AutoProcessor, dtype), threshold)
+    return detector(*open_judge(name, NEEDED, "AutoModelForZeroShotObjectDetection", dtype=dtype), threshold)
 
 
 def detector(model: Any, processor: Any, threshold: float = 0.0) -> Find:

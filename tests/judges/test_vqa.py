@@ -256,5 +256,5 @@ def test_a_model_of_visual_question_answering_that_writes(tmp_path, picture):
 def test_what_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(GazeError, match="has no place for the question"):
         open_asker(asked_models.llava(tmp_path / "llava"), around="Question:")
-    with pytest.raises(GazeError, match="is a model of type 'clip', which answers no questions"):
+    with pytest.raises(GazeError, match="is a CLIPModel, and a model that answers questions about a picture"):
         open_asker(asked_models.clip(tmp_path / "clip"))
