@@ -10,8 +10,11 @@ from PIL import Image
 
 from diffusion.errors import GazeError
 
+from ..skills import Judged, sum_up
 from .facts import COUNTING, Facts, colours_of, names_of
 from .verdict import Judge, Verdict
+
+FACTS = ("missing", "colour", "position", "too many")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
@@ -80,6 +83,17 @@ def detect_judge(
     return lambda prompts, pictures: [judge(*each) for each in zip(prompts, pictures, strict=True)]
 
 
+def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """score, low, high, n, right, skills and broken, as `sum_up` gives them for the worlds drawn here: the score is the
+    mean of the skills', as GenEval's is."""
+    judged = [
+        Judged(each.said["skill"], "", [*dict.fromkeys(wrong["fact"] for wrong in each.said["broken"])], [])
+        for each in verdicts
+    ]
+    report = sum_up(judged, [*dict.fromkeys(each.skill for each in judged)], FACTS)
+    return {key: value for key, value in report.items() if key != "misses"}
+
+
 def objects(found: Sequence[Found], threshold: float, rules: Rules = DEFAULT) -> list[Found]:
     """What counts of what is found of a name, best first: above the threshold, and no better object again."""
     best = sorted((each for each in found if each.score > threshold), key=lambda each: -each.score)[: rules.most]
@@ -104,8 +118,8 @@ def broken(
     colours: Callable[[str, Sequence[Box]], list[str]],
     margin: float = DEFAULT.margin,
 ) -> list[dict[str, Any]]:
-    """The facts that are not true of what is found, objects best first. Each is a dict: fact, "missing", "colour",
-    "position" or "too many"; name; seen, what is so instead: how many, which colours, which relations.
+    """The facts that are not true of what is found, objects best first. Each is a dict: fact, one of FACTS; name; seen,
+    what is so instead: how many, which colours, which relations.
 
     Of a name as many objects as its facts count are looked at, the best ones; with fewer, it is missing. All of them
     must have the colour, and each must lie in the relation to each of the other's, which must have broken no fact

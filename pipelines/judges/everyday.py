@@ -9,6 +9,7 @@ from typing import Any
 from ..places import RELATIONS
 from ..skills import enough
 from .facts import COLOURS, COUNTING
+from .pictures import Asked
 
 SKILLS = ("single_object", "two_object", COUNTING, "colors", "position", "color_attr")  # named as GenEval's tags
 NUMBERS = {2: "two", 3: "three", 4: "four"}
@@ -56,9 +57,10 @@ def everyday(index: int, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def exam(n: int) -> list[dict[str, Any]]:
-    """The first n prompts of seed 0. GazeError: fewer than there are skills."""
-    return [everyday(index) for index in range(enough(n, SKILLS))]
+def exam(n: int = 300) -> list[Asked]:
+    """The first n prompts of seed 0, with their facts. GazeError: fewer than there are skills."""
+    entries = [everyday(index) for index in range(enough(n, SKILLS))]
+    return [Asked(entry["prompt"], entry) for entry in entries]
 
 
 def plural(noun: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from diffusion.errors import GazeError, nearest
 
 from ..places import RELATIONS
+from .pictures import Asked, read_prompts
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COUNTING = "counting"
@@ -33,6 +34,14 @@ def facts_of(prompt: str, entry: Mapping[str, Any]) -> Facts:
     if not include + exclude:
         raise GazeError(f"the facts of {prompt!r:.200} name no object", EXAMPLE)
     return {"skill": str(stated.get("tag") or "all"), "include": include, "exclude": exclude}
+
+
+def facts_for(asked: Sequence[Asked], file: str | None = None) -> dict[str, Facts]:
+    """The facts of each text that is asked for: of its own line, or of the same prompt's in a file of prompts. Raises
+    GazeError: one has none."""
+    told = [] if file is None else read_prompts(file)
+    entries = {name: each.more for each in told for name in (each.prompt, each.text)}
+    return {each.text: facts_of(each.text, entries.get(each.text, each.more)) for each in asked}
 
 
 def names_of(facts: Facts) -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion.errors import GazeError
 
 from .everyday import SIDES, plural, with_article
-from .facts import COLOURS, Facts
+from .facts import COLOURS, Facts, facts_for
+from .pictures import Asked
 
 EXAMPLE = (
     '{"prompt": "a red cup", "questions": '
@@ -53,6 +54,18 @@ def questions_of(facts: Facts) -> list[Question]:
             asked.append(Question(f"Is the {name} {side} the {other}?", TRUTH, "yes", "spatial"))
             asked.append(Question(where, PLACES, relation.removesuffix(" of"), "spatial"))
     return [*dict.fromkeys(asked)]
+
+
+def questions_for(asked: Sequence[Asked], file: str | None = None) -> dict[str, list[Question]]:
+    """The questions about each text that is asked for: those of a file, or what can be asked about its facts. Raises
+    GazeError: there are none about one."""
+    if file is None:
+        return {text: questions_of(facts) for text, facts in facts_for(asked).items()}
+    read = read_questions(file)
+    missing = next((each.text for each in asked if each.text not in read), None)
+    if missing is not None:
+        raise GazeError(f"{file!r} has no questions about {missing!r:.200}", "a file with some for each prompt")
+    return {each.text: read[each.text] for each in asked}
 
 
 def read_questions(file: str) -> dict[str, list[Question]]:

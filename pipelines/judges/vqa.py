@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from diffusion.errors import GazeError
 
+from .interval import of_mean, of_share
 from .questions import Question
 from .verdict import Judge, Verdict
 
@@ -49,6 +50,17 @@ def tifa_judge(ask: Ask, questions: Mapping[str, Sequence[Question]]) -> Judge:
         return Verdict(fmean(each["right"] for each in asked), {"questions": asked})
 
     return lambda prompts, pictures: [judge(*each) for each in zip(prompts, pictures, strict=True)]
+
+
+def tifa_summary(verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
+    """score, low, high and n of the mean over the pictures (see `of_mean`), and skills: the same for each kind of
+    question, of the share of right answers. Raises GazeError: too few pictures."""
+    asked = [each for verdict in verdicts for each in verdict.said["questions"]]
+    rights = {
+        kind: [each["right"] for each in asked if each["kind"] == kind] for kind in sorted({e["kind"] for e in asked})
+    }
+    skills = {kind: of_share(fmean(right), len(right)) for kind, right in rights.items()}
+    return {**of_mean([verdict.score for verdict in verdicts], seed), "skills": skills}
 
 
 def vqascore_judge(ask: Ask, question: str = DOES_IT_SHOW) -> Judge:

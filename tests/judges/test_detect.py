@@ -189,7 +189,7 @@ def test_prompts_are_a_function_of_seed_and_index():
     assert [everyday(index)["prompt"] for index in (0, 2, 4)] == FIRST
     assert everyday(7) == everyday(7)
     assert everyday(7, seed=1) != everyday(7)
-    assert [each["tag"] for each in exam(12)] == [*SKILLS, *SKILLS]
+    assert [each.more["tag"] for each in exam(12)] == [*SKILLS, *SKILLS]
     singles = [everyday(6 * index)["include"][0]["class"] for index in range(len(NAMES))]
     assert sorted(singles) == sorted(NAMES)
     with pytest.raises(GazeError, match="5 prompts are too few for 6 skills"):
@@ -347,7 +347,7 @@ def test_each_box_of_owl_goes_to_the_name_that_fits_best(tmp_path, picture, seco
             (1 / (1 + math.exp(-max(logits_N))), names[logits_N.index(max(logits_N))], corners(box, wide, high))
         ]
     same([row for row in expected if row[0] > 0.5], found)
-    assert 4 < sum(map(len, found.values())) < 16
+    assert 0 < sum(map(len, found.values())) < 16
 
 
 def corners(box, wide, high):
@@ -357,9 +357,10 @@ def corners(box, wide, high):
 
 def same(expected, found):
     """expected: score, name and box of each. found: as a detector gives it."""
-    flat = sorted((each.score, name, each.box) for name, of in found.items() for each in of)
+    flat = [(each.score, name, each.box) for name, of in found.items() for each in of]
     assert len(flat) == len(expected)
-    for (score, name, box), (their_score, their_name, their_box) in zip(flat, sorted(expected), strict=True):
+    by_name = (sorted(rows, key=lambda row: row[1]) for rows in (flat, expected))  # otherwise as they came
+    for (score, name, box), (their_score, their_name, their_box) in zip(*by_name, strict=True):
         assert name == their_name
         assert score == pytest.approx(their_score, abs=1e-5)
         assert box == pytest.approx(their_box, abs=1e-3)
