@@ -100,6 +100,8 @@ def _kind(folder: Path, auto: str, needed: str) -> str:
         raise GazeError(f"{problem}: {_said(error)}", f"{needed} that comes with transformers") from error
     found = getattr(transformers, auto)._model_mapping.get(type(config), ())
     classes = [each.__name__ for each in (found if isinstance(found, tuple) else (found,))]
+    if auto == "AutoModel":  # opens the body of any, whatever it was trained with on top
+        return classes[0] if classes else type(config).__name__
     names = config.architectures or classes[:1] or [type(config).__name__.replace("Config", "")]
     if not {name.casefold() for name in names} & {name.casefold() for name in classes}:
         raise GazeError(f"{folder} is a {names[0]}, and {needed} is needed", f"one that {auto} opens")

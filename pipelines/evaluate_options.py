@@ -97,8 +97,9 @@ class JudgeOptions(EvaluateOptions):
 
         given = [each for each in (self.prompts, self.pictures) if each is not None]
         if len(given) != 1 and (given or otherwise is None):
+            both = "both --prompts and --pictures were given"
             raise GazeError(
-                f"{'neither' if self.prompts is None else 'both'} --prompts and --pictures were given",
+                both if given else "neither --prompts nor --pictures was given",
                 "--prompts FILE has them drawn, --pictures FOLDER has finished ones judged",
             )
         own = otherwise if otherwise is not None and not given else lambda: read_prompts(str(self.prompts))

@@ -18,7 +18,7 @@ from ..images import to_rgb
 from .models import open_judge
 from .verdict import Judge, Verdict
 
-NEEDED = "a model that embeds texts and pictures, such as a CLIP or a SigLIP,"
+NEEDED = "a model that embeds texts and pictures, such as a CLIP or a SigLIP"
 WEIGHT = 2.5  # w of CLIPScore
 PREFIX = "A photo depicts "  # before each caption, as CLIPScore was published
 

@@ -22,7 +22,7 @@ from .models import open_judge
 from .verdict import Judge, Verdict
 
 OF_RESIZING = ("size", "resample", "crop_size", "do_resize", "do_center_crop")
-NEEDED = "a network with pooled features, such as a CLIP, a DINOv2 or a ResNet,"
+NEEDED = "a network with pooled features, such as a CLIP, a DINOv2 or a ResNet"
 Features = Callable[[Sequence[Image.Image]], np.ndarray]
 
 

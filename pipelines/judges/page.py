@@ -110,5 +110,6 @@ def _said(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_said(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_said, value)) or "-"
+        between = "; " if any(isinstance(each, Mapping | list) for each in value) else ", "
+        return between.join(map(_said, value)) or "-"
     return _number(value) if isinstance(value, float) else str(value)

@@ -17,7 +17,7 @@ from pipelines.judges.everyday import NAMES, SKILLS, everyday, exam, plural
 from pipelines.judges.facts import COLOURS, facts_of, names_of
 from pipelines.places import RELATIONS
 from pipelines.shapes.world import scene
-from tests.judges import asked_models
+from tests.judges import asked_models, small_judges
 
 DIRECTIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
@@ -368,7 +368,7 @@ def same(expected, found):
 
 def test_what_grounding_dino_finds_is_a_mean_over_the_tokens_of_a_name(tmp_path, picture):
     folder, names = asked_models.grounding_dino(tmp_path), ["red cat", "hot dog", "dog", "cup"]
-    found = open_detector(folder, threshold=0.2)(picture, names)
+    found = open_detector(folder, threshold=0.1)(picture, names)
     model, processor = opened(folder, AutoModelForZeroShotObjectDetection)
     inputs = processor(text="red cat. hot dog. dog. cup.", images=picture, return_tensors="pt")
     with torch.no_grad():
@@ -381,9 +381,9 @@ def test_what_grounding_dino_finds_is_a_mean_over_the_tokens_of_a_name(tmp_path,
             name: sum(1 / (1 + math.exp(-logits_T[place])) for place in of) / len(of) for name, of in places.items()
         }
         name = max(means, key=lambda each: means[each])
-        expected += [(means[name], name, corners(box, 40, 30))] if means[name] > 0.2 else []
+        expected += [(means[name], name, corners(box, 40, 30))] if means[name] > 0.1 else []
     same(expected, found)
-    assert len(expected) > 5
+    assert len(expected) > 5, expected
     with pytest.raises(GazeError, match="17 names are more than the 32 tokens that this detector reads at once"):
         open_detector(folder)(picture, ["dog"] * 17)
 
@@ -393,7 +393,7 @@ def opened(folder, auto):
 
 
 def test_the_colour_is_that_of_the_nearest_mean_of_three_phrases(tmp_path, picture):
-    folder, colours = asked_models.clip(tmp_path), ["red", "blue", "green", "black"]
+    folder, colours = small_judges.clip(tmp_path), ["red", "blue", "green", "black"]
     boxes = [(0, 0, 20, 30), (12.4, 3.6, 35.2, 28), (-5, -5, 60, 60), (39.9, 10, 39.95, 10.01)]
     whole = [(0, 0, 20, 30), (12, 4, 35, 28), (0, 0, 40, 30), (39, 10, 40, 11)]
     model, processor = opened(folder, AutoModel)
@@ -407,10 +407,10 @@ def test_the_colour_is_that_of_the_nearest_mean_of_three_phrases(tmp_path, pictu
     near = [[float(embed.double() @ mean / mean.norm()) for mean in means] for embed in outputs.image_embeds]
     named = open_colours(folder, colours)(picture, boxes, "cat")
     assert named == [colours[each.index(max(each))] for each in near]
-    with pytest.raises(GazeError, match="is a ViltForQuestionAnswering, and a model that embeds texts and pictures"):
+    with pytest.raises(GazeError, match="is ViltModel, and a model that embeds texts and pictures"):
         open_colours(asked_models.vilt(tmp_path / "vilt"), colours)
 
 
 def test_a_model_of_another_kind_is_an_error(tmp_path):
     with pytest.raises(GazeError, match="is a CLIPModel, and a detector that is given names"):
-        open_detector(asked_models.clip(tmp_path))
+        open_detector(small_judges.clip(tmp_path))

@@ -21,7 +21,7 @@ from pipelines.judges.everyday import everyday
 from pipelines.judges.facts import facts_of
 from pipelines.judges.questions import Question, questions_of, read_questions
 from pipelines.judges.vqa import Answer, tifa_judge, vqascore_judge
-from tests.judges import asked_models
+from tests.judges import asked_models, small_judges
 
 PICTURE = Image.new("RGB", (48, 32), "white")
 TRUTH = ("yes", "no")
@@ -222,7 +222,7 @@ def test_a_model_that_chats(tmp_path, picture, chats):
             expected, probability = greedy(next_chances, spelled(tokenizer, choices), tokenizer.eos_token_id)
             assert ask(picture, question, choices) == Answer(expected, pytest.approx(probability, rel=1e-4))
             said.add(expected)
-    assert len(said) > 4
+    assert len(said) > 3
 
 
 def test_a_model_of_visual_question_answering_that_writes(tmp_path, picture):
@@ -257,4 +257,4 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(GazeError, match="has no place for the question"):
         open_asker(asked_models.llava(tmp_path / "llava"), around="Question:")
     with pytest.raises(GazeError, match="is a CLIPModel, and a model that answers questions about a picture"):
-        open_asker(asked_models.clip(tmp_path / "clip"))
+        open_asker(small_judges.clip(tmp_path / "clip"))

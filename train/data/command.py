@@ -16,6 +16,7 @@ from diffusion.errors import GazeError, nearest
 
 USAGE = """\
 python -m train data emoji OUT [--languages en fr]           build the emoji data
+python -m train data scenes OUT --count 10000 [--size 128]   draw scenes of emoji, captioned in English and French
 python -m train data shapes OUT --count 10000 [--masks]      draw scenes of plain shapes
 python -m train data caption FOLDER --model ID               say by a model what the pictures show
 python -m train data pack SOURCE OUT [--shard-size 10000]    tar shards of the pictures that decode
@@ -30,6 +31,7 @@ def main(words: list[str]) -> int:
     """Exit codes: 0 done and sound, 1 bad input, or `check` has found something."""
     commands = {
         "emoji": _emoji,
+        "scenes": _scenes,
         "shapes": _shapes,
         "caption": _caption,
         "pack": _pack,
@@ -57,13 +59,19 @@ def _emoji(words: list[str]) -> int:
     return 0
 
 
+def _scenes(words: list[str]) -> int:
+    parser = _drawing("scenes")
+    parser.add_argument("--languages", nargs="+", default=["en", "fr"], help="of the captions: en, fr")
+    arguments = parser.parse_args(words)
+    from .scenes import build_scenes
+
+    build_scenes(arguments.out, arguments.count, arguments.seed, arguments.split, arguments.size, arguments.languages)
+    print(f"{arguments.count} pictures in {arguments.out}")
+    return 0
+
+
 def _shapes(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train data shapes")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--count", type=int, required=True, help="pictures")
-    parser.add_argument("--seed", type=int, default=0, help="another gives other pictures")
-    parser.add_argument("--split", default="seen", help="seen or heldout combinations")
-    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
+    parser = _drawing("shapes")
     parser.add_argument("--masks", action="store_true", help="also the pixels of each object, and its words")
     arguments = parser.parse_args(words)
     from .drawn import build_shapes
@@ -166,6 +174,16 @@ def _stats(words: list[str]) -> int:
     for name, value in figures.items():
         print(f"{name}: {json.dumps(value, ensure_ascii=False)}")
     return 0
+
+
+def _drawing(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m train data {command}")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--count", type=int, required=True, help="pictures")
+    parser.add_argument("--seed", type=int, default=0, help="another gives other pictures")
+    parser.add_argument("--split", default="seen", help="seen or heldout combinations")
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
+    return parser
 
 
 def _parser(command: str) -> argparse.ArgumentParser:

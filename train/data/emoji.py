@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from diffusion.errors import GazeError
 
 from . import annotations, nouns
+from .write import write_pictures
 
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_LIST = Path("/usr/share/unicode/emoji/emoji-test.txt")
@@ -217,23 +218,11 @@ def build_emoji(
         "duplicates": [[e.name for e in group] for group in alike.values() if len(group) > 1],
         **{f"without_name_{language}": len(emojis) - len(of) for language, of in said.items() if language != "en"},
     }
-    _write(Path(out), {e.file_name: picture for e, picture in pictures.items()}, records, summary)
+    for split, of in {"train": train, "heldout": heldout}.items():
+        write_pictures(Path(out) / split, zip((pictures[e] for e in of), records[split], strict=True))
+    text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
+    (Path(out) / "summary.json").write_text(text, encoding="utf-8")
     return summary
-
-
-def _write(out: Path, pictures: dict[str, Image.Image], records: dict[str, list[dict]], summary: dict) -> None:
-    try:
-        for split, lines in records.items():
-            folder = out / split
-            folder.mkdir(parents=True, exist_ok=True)
-            for line in lines:
-                pictures[line["file_name"]].save(folder / line["file_name"])
-            metadata = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (folder / "metadata.jsonl").write_text(metadata, encoding="utf-8")
-        text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
-        (out / "summary.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise GazeError(f"cannot write the emoji folder {out}: {error}", "a folder you may write to") from error
 
 
 def _require_packages() -> None:

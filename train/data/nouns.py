@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 
-FEMININE = "🍎🍌🍓🍐🍉🥕🍆🍕🐄🐢🐙🐝🐞🦉🌹🌷🚗🚂🚀🏠⛺⭐🎸🎺🔑🔔💡👑👗👟🪑🚪⚓💎🐸🦀"
-MASCULINE = "🐕🐈🐎🐘🐬🦋🐌🦆🐧🌻🌵🌴🍄🍋🍍🍔🍩🚌🚲✈⛵🏰☀⚽🎻🎁🔨❤💙🚜🚁🧸🪁🏆🎈🌈"
+FEMININE = "🍎🍌🍓🍐🍉🥕🍆🍕🐄🐢🐙🐝🐞🦉🌹🌷🚗🚂🚀🏠⛺⭐🎸🎺🔑🔔💡👑👗👟🪑🚪⚓💎🐸"
+MASCULINE = "🐕🐈🐎🐘🐬🦋🐌🦆🐧🌻🌵🌴🍄🍋🍍🍔🍩🚌🚲✈⛵🏰☀⚽🎻🎁🔨❤💙🚜🚁🧸🪁🏆🎈🌈🦀"
 GENDERS = dict.fromkeys(FEMININE, True) | dict.fromkeys(MASCULINE, False)
 AS_DETAIL = {"peau": "à la peau", "cheveux": "aux cheveux", "chauve": "chauve"}
 Nouns = tuple[str, str]  # "a red apple" and "red apples"
