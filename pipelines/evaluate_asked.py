@@ -128,7 +128,8 @@ def vqa(
     if cases is None:
         return
     verdicts = [case.verdict for case in cases]
-    about: dict[str, Any] = {"judge": options.judge, "judge_dtype": options.judge_dtype, "around": around}
+    about: dict[str, Any] = {"judge": options.judge, "judge_dtype": options.judge_dtype}
+    about |= {} if around is None else {"around": around}
     if known:
         summary, about["questions"] = tifa_summary(verdicts, settings["seed"]), questions or "made from facts"
     else:
