@@ -69,6 +69,7 @@ def writer(model: Any, processor: Any, list_choices: bool, around: str | None = 
     if around is not None and QUESTION not in around:
         raise GazeError(f"{around!r:.200} has no place for the question", '"Question: {question} Answer:"')
     tokenizer = processor.tokenizer
+    marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     chats = around is None and getattr(processor, "chat_template", None) is not None
     template = around or QUESTION
@@ -89,6 +90,8 @@ def writer(model: Any, processor: Any, list_choices: bool, around: str | None = 
     def ask(picture: Image.Image, question: str, choices: Sequence[str]) -> Answer:
         if list_choices and len(choices) > 1:
             question = LISTED.format(question=question, choices=", ".join(choices))
+        for mark in marks:  # a prompt may hold what stands for a picture, or ends a message
+            question = question.replace(mark, "")
         ends = {(*ids, end): choice for choice in choices for ids in _spellings(tokenizer, choice)}
         written: list[int] = []
         out = model.generate(

@@ -55,8 +55,9 @@ def colours_of(facts: Facts) -> list[str]:
 
 
 def _of_a_scene(scene: Mapping[str, Any]) -> Facts:
-    """Facts of the shapes world and its like, where the relation is that of the first object to the second."""
-    keys = {"class": ("shape", "name"), "count": ("count",), "color": ("colour",)}
+    """Facts of a drawn world, where the relation is that of the first thing to the second. Sizes and backgrounds, which
+    a detector does not tell, are left out."""
+    keys = {"class": ("shape", "kind"), "count": ("count",), "color": ("colour",)}
     include = [
         {new: thing[old] for new, olds in keys.items() for old in olds if old in thing} for thing in scene["objects"]
     ]
