@@ -66,5 +66,5 @@ def clip_judge(name: str, prefix: str | None = None, dtype: str = "float32") -> 
             for score, cosine, length in zip(score_B.tolist(), cosine_B.tolist(), lengths, strict=True)
         ]
 
-    score = f"{WEIGHT} * max(cosine, 0)" if bias is None else "sigmoid(scale * cosine + bias)"
-    return judge, {"judge": name, "score": score, "prefix": before, "judge_dtype": dtype}
+    formula = f"{WEIGHT} * max(cosine, 0)" if bias is None else "sigmoid(scale * cosine + bias)"
+    return judge, {"judge": name, "formula": formula, "prefix": before, "judge_dtype": dtype}

@@ -77,7 +77,11 @@ def detect_judge(
         threshold = rules.counting_threshold if asked["skill"] == COUNTING else rules.threshold
         found = {name: objects(each, threshold, rules) for name, each in boxes.items()}
         wrong = broken(asked, found, lambda name, of: colours(picture, of, name) if colours else [], rules.margin)
-        told = {name: [[*each.box, each.score] for each in of] for name, of in found.items() if of}
+        told = {
+            name: [[*(round(end, 1) for end in each.box), round(each.score, 4)] for each in of]
+            for name, of in found.items()
+            if of
+        }
         return Verdict(float(not wrong), {"skill": asked["skill"], "broken": wrong, "found": told})
 
     return lambda prompts, pictures: [judge(*each) for each in zip(prompts, pictures, strict=True)]

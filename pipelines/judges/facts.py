@@ -28,7 +28,12 @@ def facts_of(prompt: str, entry: Mapping[str, Any]) -> Facts:
     stated = entry.get("facts", entry)
     if not isinstance(stated, Mapping) or not any(isinstance(stated.get(key), list) for key in ("include", "objects")):
         raise GazeError(f"nothing says what a picture of {prompt!r:.200} must show", f"lines such as {EXAMPLE}")
-    stated = _of_a_scene(stated) if "objects" in stated else stated
+    try:
+        stated = _of_a_scene(stated) if "objects" in stated else stated
+    except (TypeError, ValueError, KeyError):
+        raise GazeError(
+            f"the facts of {prompt!r:.200} are not those of a drawn scene", f"lines such as {EXAMPLE}"
+        ) from None
     include = [_object(each, number, prompt) for number, each in enumerate(stated["include"])]
     exclude = [_object(each, 0, prompt) for each in stated.get("exclude") or []]
     if not include + exclude:
@@ -55,8 +60,8 @@ def colours_of(facts: Facts) -> list[str]:
 
 
 def _of_a_scene(scene: Mapping[str, Any]) -> Facts:
-    """Facts of a drawn world, where the relation is that of the first thing to the second. Sizes and backgrounds, which
-    a detector does not tell, are left out."""
+    """Facts of a drawn world: a relation is that of the first thing to the second, and a count that is said is exact.
+    Sizes and backgrounds, which a detector does not tell, are left out."""
     keys = {"class": ("shape", "kind"), "count": ("count",), "color": ("colour",)}
     include = [
         {new: thing[old] for new, olds in keys.items() for old in olds if old in thing} for thing in scene["objects"]
@@ -64,7 +69,8 @@ def _of_a_scene(scene: Mapping[str, Any]) -> Facts:
     if scene.get("relation"):
         first, second, *others = include
         include = [second, {**first, "position": [scene["relation"], 0]}, *others]
-    return {"tag": scene.get("skill"), "include": include}
+    exclude = [{"class": each["class"], "count": each["count"] + 1} for each in include if each["count"] > 1]
+    return {"tag": scene.get("skill"), "include": include, "exclude": exclude}
 
 
 def _object(each: Any, before: int, prompt: str) -> Facts:

@@ -263,6 +263,17 @@ def test_facts_of_a_prompts_file_and_of_a_drawn_scene():
     assert [each["class"] for each in facts["include"]] == [second["shape"], first["shape"]]
     assert facts["include"][1]["position"] == [drawn_scene.facts["relation"], 0]
     assert facts["include"][0]["color"] == second["colour"]
+    emoji = {
+        "objects": [{"kind": "red apple", "count": 2}],
+        "relation": None,
+        "background": "pink",
+        "skill": "counting",
+    }
+    assert facts_of("x", {"facts": emoji}) == {
+        "skill": "counting",
+        "include": [{"class": "red apple", "count": 2}],
+        "exclude": [{"class": "red apple", "count": 3}],
+    }
 
 
 @pytest.mark.parametrize(
@@ -270,6 +281,13 @@ def test_facts_of_a_prompts_file_and_of_a_drawn_scene():
     [
         ({}, "nothing says what a picture of 'x' must show"),
         ({"include": []}, "name no object"),
+        ({"facts": 3}, "nothing says what a picture of 'x' must show"),
+        ({"facts": {"objects": [3]}}, "are not those of a drawn scene"),
+        ({"facts": {"objects": [{"shape": "ring", "count": "2"}]}}, "are not those of a drawn scene"),
+        (
+            {"facts": {"objects": [{"shape": "ring", "count": 1}], "relation": "above"}},
+            "are not those of a drawn scene",
+        ),
         ({"include": ["cup"]}, "'cup' is no object"),
         ({"include": [{"count": 1}]}, "the class of an object is None"),
         ({"include": [{"class": "cup", "count": 0}]}, "the count of cup is 0"),
