@@ -6,6 +6,7 @@ Shapes: Q boxes that a detector considers, N names, T tokens of the text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ GROUNDED = ("grounding-dino", "mm-grounding-dino")  # read all names as one text
 
 def open_detector(name: str, threshold: float = 0.0, dtype: str = "float32") -> Find:
     """What finds objects with a detector of a folder or the hub. threshold: see `detector`. Raises GazeError."""
-    return detector(*open_judge(name, NEEDED, "AutoModelForZeroShotObjectDetection", dtype=dtype), threshold)
+    model, processor = open_judge(name, NEEDED, "AutoModelForZeroShotObjectDetection", dtype=dtype)
+    if model.config.model_type == "owlv2" and find_spec("scipy") is None:
+        raise GazeError(
+            f"{name} is an OWLv2, whose pictures are resized by scipy, and that is missing", "pip install scipy"
+        )
+    return detector(model, processor, threshold)
 
 
 def detector(model: Any, processor: Any, threshold: float = 0.0) -> Find:

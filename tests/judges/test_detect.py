@@ -432,3 +432,9 @@ def test_the_colour_is_that_of_the_nearest_mean_of_three_phrases(tmp_path, pictu
 def test_a_model_of_another_kind_is_an_error(tmp_path):
     with pytest.raises(GazeError, match="is a CLIPModel, and a detector that is given names"):
         open_detector(small_judges.clip(tmp_path))
+
+
+def test_owlv2_says_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.judges.detectors.find_spec", lambda name: None)
+    with pytest.raises(GazeError, match="pip install scipy"):
+        open_detector(asked_models.owl(tmp_path, second=True))
