@@ -103,11 +103,13 @@ def _entries(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _question(where: str, entry: Any) -> Question:
     stated = entry if isinstance(entry, dict) else {}
-    question, answer, choices = stated.get("question"), stated.get("answer"), stated.get("choices") or TRUTH
-    texts = [question, answer, *choices] if isinstance(choices, list | tuple) else [None]
+    choices = stated.get("choices") or TRUTH
+    listed = choices if isinstance(choices, list | tuple) else [None]
+    texts: list[Any] = [stated.get("question"), stated.get("answer"), *listed]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         raise GazeError(f"{where}: {entry!r:.200} is no question with an answer", f"lines such as {EXAMPLE}")
-    if answer not in choices:
-        choose = ", ".join(choices)
-        raise GazeError(f"{where}: the answer {answer!r:.100} to {question!r:.200} is none of its choices", choose)
-    return Question(question, tuple(choices), answer, str(stated.get("element_type") or stated.get("kind") or "all"))
+    question, answer, *known = texts
+    if answer not in known:
+        problem = f"{where}: the answer {answer!r:.100} to {question!r:.200} is none of its choices"
+        raise GazeError(problem, f"{', '.join(known):.300}")
+    return Question(question, tuple(known), answer, str(stated.get("element_type") or stated.get("kind") or "all"))
