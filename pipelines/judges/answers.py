@@ -23,6 +23,7 @@ from .vqa import Answer, Ask
 
 NEEDED = "a model that answers questions about a picture, or writes text about one,"
 QUESTION = "{question}"
+WITH_PICTURE = '--around with its mark of a picture, such as "USER: <image> {question} ASSISTANT:"'
 LISTED = "{question} Answer with one of these: {choices}."
 
 
@@ -76,7 +77,11 @@ def writer(model: Any, processor: Any, list_choices: bool, around: str | None = 
 
     def read(picture: Image.Image, question: str) -> Any:
         if not chats:
-            return processor(images=picture, text=template.replace(QUESTION, question), return_tensors="pt")
+            text = template.replace(QUESTION, question)
+            try:
+                return processor(images=picture, text=text, return_tensors="pt")
+            except ValueError as error:  # the mark of a picture is missing, or there are several
+                raise GazeError(f"this model does not read {text!r:.300}: {error}", WITH_PICTURE) from None
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         return processor.apply_chat_template(
             [{"role": "user", "content": content}],

@@ -256,5 +256,8 @@ def test_a_model_of_visual_question_answering_that_writes(tmp_path, picture):
 def test_what_does_not_fit_is_an_error(tmp_path):
     with pytest.raises(GazeError, match="has no place for the question"):
         open_asker(asked_models.llava(tmp_path / "llava"), around="Question:")
+    ask = open_asker(tmp_path / "llava", around="Q: {question} A:")
+    with pytest.raises(GazeError, match=r"does not read 'Q: is it red\? A:'"):
+        ask(PICTURE, "is it red?", ["Yes"])
     with pytest.raises(GazeError, match="is a CLIPModel, and a model that answers questions about a picture"):
         open_asker(small_judges.clip(tmp_path / "clip"))
