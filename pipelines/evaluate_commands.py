@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .evaluate_asked import detect, vqa
 from .evaluate_options import EvaluateOptions, JudgeOptions, started
 from .options import with_picture_options
 
@@ -120,6 +121,10 @@ def clip(
         summary = of_mean([case.verdict.score for case in cases], settings["seed"])
         report = report_of(cases, summary, {**options.source(cases), **about})
         options.show("gaze evaluate clip", report, cases, lambda report: table("clip", report))
+
+
+evaluate.command(short_help="Prompts with facts: does a detector find them?")(detect)
+evaluate.command(short_help="Any prompts: what does a model answer about the picture?")(vqa)
 
 
 REAL = Annotated[str, typer.Option(metavar="FOLDER", help="Real pictures to compare with.")]

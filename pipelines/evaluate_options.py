@@ -88,17 +88,22 @@ class JudgeOptions(EvaluateOptions):
     ] = None
     n: Annotated[int | None, typer.Option("-n", min=1, metavar="N", help="The first N alone. [default: all]")] = None
 
-    def chosen(self, with_prompts: bool = True) -> "Sequence[Asked]":
-        """The first n pictures of the folder, or prompts of the file. GazeError: there is neither, or fewer."""
+    def chosen(
+        self, with_prompts: bool = True, otherwise: "Callable[[], Sequence[Asked]] | None" = None
+    ) -> "Sequence[Asked]":
+        """The first n pictures of the folder, or prompts of the file, or without both of what the judge has otherwise.
+        GazeError: there is none of these, or fewer."""
         from .judges.pictures import read_prompts
 
-        if (self.prompts is None) == (self.pictures is None):
+        given = [each for each in (self.prompts, self.pictures) if each is not None]
+        if len(given) != 1 and (given or otherwise is None):
             both = "both --prompts and --pictures were given"
             raise GazeError(
-                "neither --prompts nor --pictures was given" if self.prompts is None else both,
+                both if given else "neither --prompts nor --pictures was given",
                 "--prompts FILE has them drawn, --pictures FOLDER has finished ones judged",
             )
-        asked = self.asked(lambda: read_prompts(str(self.prompts)), with_prompts)
+        own = otherwise if otherwise is not None and not given else lambda: read_prompts(str(self.prompts))
+        asked = self.asked(own, with_prompts)
         if self.n is not None and self.n > len(asked):
             raise GazeError(f"-n {self.n} are more than the {len(asked)} there are", f"-n {len(asked)}, or without -n")
         return asked[: self.n]

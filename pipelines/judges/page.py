@@ -108,9 +108,10 @@ def _number(value: float) -> str:
 def _said(value: Any) -> str:
     """A JSON value in words."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_said(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {_said(each)}" for key, each in value.items()) or "-"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_said, value)) or "-"
+        between = "; " if any(isinstance(each, Mapping | list | tuple) for each in value) else ", "
+        return between.join(map(_said, value)) or "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return _number(value) if isinstance(value, float) else str(value)

@@ -14,10 +14,13 @@ def report_of(cases: Sequence[Case], summary: Mapping[str, Any], settings: Mappi
     return {**summary, "settings": dict(settings), "pictures": [case.row() for case in cases]}
 
 
-def table(name: str, report: Mapping[str, Any]) -> str:
-    """A report in a few lines of text."""
+def table(name: str, report: Mapping[str, Any], form: str = ".4f") -> str:
+    """A report in a few lines of text: the skills', if there are any, and the score itself, by name."""
+    rows = {**report.get("skills", {}), name: report}
+    broken = ", ".join(f"{fact} {count}" for fact, count in report.get("broken", {}).items() if count)
+    about = [f"pictures that break: {broken or 'none'}"] if "broken" in report else []
     settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
-    return "\n".join([*score_lines("", {name: report}, ".4f"), "", settings])
+    return "\n".join([*score_lines("", rows, form), "", *about, settings])
 
 
 def score_lines(head: str, rows: Mapping[str, Mapping[str, Any]], form: str = ".1%") -> list[str]:
