@@ -158,7 +158,8 @@ def _distance(kind: str, real: str, options: JudgeOptions) -> None:
         look, about = features.feature_network(options.judge, options.judge_dtype)
         real_ND = features.collect_real(group, files, look, options.batch_size, advance)
         features.enough(kind, len(files), len(asked), real_ND.shape[1])
-        settings, mine = options.drawn_with(), []
+        settings = options.drawn_with()
+        mine: list[Any] = []
         judge = features.nearest_judge(look, real_ND, files, mine)
         cases = judged(group, asked, settings, judge, options.batch_size, advance)
         made = group.collect(
