@@ -1,7 +1,7 @@
 """Settings -> pictures on disk: what `gaze generate` and `gaze grid` have in common.
 
 A picture's settings are those inside its PNG: the names of `Request`'s fields, one prompt and seed, and the names of
-`OF_MODEL`, which say what draws it.
+`OF_MODEL`, which say what draws it, and EXPANDED.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .options import dtype_of
 from .parameters import write_parameters
 from .png import save_png
 from .processes import Processes, own_device
-from .recall import DIGESTS, OF_MODEL, SHIPPED
+from .recall import DIGESTS, EXPANDED, OF_MODEL, SHIPPED
 from .sheet import grid, printable
 from .sources import digests, sha256
 from .text_to_image import Preview, Request, TextToImage
 
-OF_PICTURE = ("prompt", "negative_prompt", "seed")  # settings that differ within a batch
+OF_PICTURE = ("prompt", "negative_prompt", "seed", EXPANDED)  # settings that differ within a batch
 OFFLOAD = "offload"  # the one setting that says nothing about the picture
 AT_ONCE = 8  # pictures in a batch on a GPU
 
@@ -139,7 +139,7 @@ def draw(
         seconds = round((time.perf_counter() - begin) / len(batch), 3)
         for image, settings, asked in zip(result.images, result.settings, batch, strict=True):
             noted = {DIGESTS: found} if (found := digests(settings, digest)) else {}
-            yield Picture(image, {**settings, "model": SHIPPED, **_of_model(asked), **noted}, seconds)
+            yield Picture(image, {**settings, "model": SHIPPED, **_beside(asked), **noted}, seconds)
         done += len(batch)
 
 
@@ -163,11 +163,12 @@ def previewer(path: str | None, every: int) -> Callable[[Preview], None] | None:
 
 def request(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that belong to a `Request`."""
-    return {name: value for name, value in settings.items() if name not in (*OF_MODEL, OFFLOAD)}
+    return {name: value for name, value in settings.items() if name not in (*OF_MODEL, OFFLOAD, EXPANDED)}
 
 
-def _of_model(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name in OF_MODEL}
+def _beside(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a picture's request does not know, and its PNG does."""
+    return {name: value for name, value in settings.items() if name in (*OF_MODEL, EXPANDED)}
 
 
 def _common(settings: dict[str, Any]) -> dict[str, Any]:

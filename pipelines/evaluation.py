@@ -21,6 +21,7 @@ from diffusion.prompts import escape
 
 from .images import to_rgb, to_tensor
 from .judges.pictures import picture_of, read_lines
+from .judges.verdict import Judge, Verdict
 
 ENGLISH = "en"
 FOLDERS = {"seen": "train", "heldout": "heldout"}
@@ -74,6 +75,30 @@ def evaluate_retrieval(
     Returns score, low, high (a Wilson 95 % interval), n, right, split, language, right_under_another_name, settings
     and misses (prompt and the name of the nearest picture). Raises GazeError.
     """
+    exam = ask(data, split, n, seed, language)
+    verdicts: list[Verdict] = []
+    settings: dict[str, Any] = {}
+    prompts = [escape(prompt) for prompt in exam.prompts]
+    for result in in_batches(pipe, prompts, seed, steps, guidance_scale, batch, progress):
+        settings = in_common(result)
+        verdicts += exam.judge(exam.prompts[len(verdicts) :][: len(result.images)], result.images)
+    return sum_up(exam, [*zip(exam.prompts, verdicts, strict=True)], {"seed": seed, **settings})
+
+
+class Exam(NamedTuple):
+    """What retrieval asks. prompts: names, brackets and all. judge: of pictures of these prompts. truths: how many true
+    pictures it compares with."""
+
+    split: str
+    language: str
+    prompts: list[str]
+    judge: Judge
+    truths: int
+
+
+def ask(data: str | Path, split: str, n: int | None, seed: int, language: str) -> Exam:
+    """The exam of `evaluate_retrieval`, whose arguments and errors these are; a judge of a prompt that is none of the
+    exam's raises GazeError too."""
     if split not in FOLDERS:
         raise GazeError(f"unknown split {split!r}", nearest(split, FOLDERS))
     folders = {key: read_truths(Path(data) / folder, language) for key, folder in FOLDERS.items()}
@@ -86,31 +111,43 @@ def evaluate_retrieval(
         )
     true_NP = torch.stack([truth.pooled_P for truth in truths])
 
-    found: list[Truth] = []
-    settings: dict[str, Any] = {}
-    prompts = [escape(str(truth.prompt)) for truth in asked]
-    for result in in_batches(pipe, prompts, seed, steps, guidance_scale, batch, progress):
-        settings = in_common(result)
-        made_BP = torch.stack([pool(image) for image in result.images])
-        found += [truths[i] for i in torch.cdist(made_BP, true_NP).argmin(dim=1).tolist()]
+    def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
+        made_BP = torch.stack([pool(image) for image in images])
+        found = [truths[place] for place in torch.cdist(made_BP, true_NP).argmin(dim=1).tolist()]
+        return [_verdict(prompt, asked, each) for prompt, each in zip(prompts, found, strict=True)]
 
-    twins = sum(a.name != f.name and a.pixels == f.pixels for a, f in zip(asked, found, strict=True))
-    misses = [
-        {"prompt": a.prompt, "nearest": f.name} for a, f in zip(asked, found, strict=True) if a.pixels != f.pixels
-    ]
-    right = len(asked) - len(misses)
-    low, high = wilson(right, len(asked))
+    return Exam(split, language, [str(truth.prompt) for truth in asked], judge, len(truths))
+
+
+def _verdict(prompt: str, asked: Sequence[Truth], found: Truth) -> Verdict:
+    """Of several pictures that are asked for by one prompt each is right."""
+    true = [truth for truth in asked if truth.prompt == prompt]
+    if not true:
+        raise GazeError(
+            f"a picture has the prompt {prompt!r:.200}, which is no name that is asked for",
+            "the split and the data that the pictures were made for, and -n where there are more of them",
+        )
+    right = any(truth.pixels == found.pixels for truth in true)
+    under_another_name = right and all(truth.name != found.name for truth in true)
+    return Verdict(float(right), {"nearest": found.name, "under_another_name": under_another_name})
+
+
+def sum_up(exam: Exam, judged: Sequence[tuple[str, Verdict]], settings: dict[str, Any]) -> dict[str, Any]:
+    """What `evaluate_retrieval` returns. judged: prompt and verdict of each picture."""
+    missed = [(prompt, verdict) for prompt, verdict in judged if not verdict.score]
+    right, n = len(judged) - len(missed), len(judged)
+    low, high = wilson(right, n)
     return {
-        "score": right / len(asked),
+        "score": right / n,
         "low": low,
         "high": high,
-        "n": len(asked),
+        "n": n,
         "right": right,
-        "right_under_another_name": twins,
-        "split": split,
-        "language": language,
-        "settings": {"seed": seed, "true_pictures": len(truths), **settings},
-        "misses": misses,
+        "right_under_another_name": sum(verdict.said["under_another_name"] for _, verdict in judged),
+        "split": exam.split,
+        "language": exam.language,
+        "settings": {"true_pictures": exam.truths, **settings},
+        "misses": [{"prompt": prompt, "nearest": verdict.said["nearest"]} for prompt, verdict in missed],
     }
 
 

@@ -67,6 +67,15 @@ PreviewFile = Annotated[
 PreviewEvery = Annotated[
     int, typer.Option("--preview-every", min=1, metavar="N", help="Steps from one preview to the next.")
 ]
+Expand = Annotated[
+    str | None,
+    typer.Option("--expand", metavar="MODEL", help="Folder or hub id of a language model that adds to each prompt."),
+]
+ExpandTokens = Annotated[int, typer.Option("--expand-tokens", min=1, metavar="N", help="At most so many tokens.")]
+ExpandTemperature = Annotated[
+    float,
+    typer.Option("--expand-temperature", min=0, metavar="X", help="0 adds the same likeliest words for every seed."),
+]
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,9 @@ def own_device() -> Any:
 
 
 @contextlib.contextmanager
-def processes() -> Iterator[Processes]:
-    """The processes of this command; one that leaves by an error takes the others with it."""
-    start_the_others("pipelines", sys.argv[1:])
+def processes(module: str = "pipelines") -> Iterator[Processes]:
+    """The processes of this command, `python -m module`; one that leaves by an error takes the others with it."""
+    start_the_others(module, sys.argv[1:])
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes()

@@ -14,6 +14,8 @@ from diffusion.errors import GazeError
 
 from .evaluation import in_batches, in_common, wilson
 from .images import WHITE
+from .judges.report import score_lines
+from .judges.verdict import Verdict
 from .png import save_png
 from .sheet import grid, scale_of
 
@@ -31,6 +33,21 @@ class Judged(NamedTuple):
     seen: list[str]
 
 
+def verdict_of(judged: Judged) -> Verdict:
+    """As a judge gives it; `judged_as` is the way back."""
+    return Verdict(float(not judged.broken), {"skill": judged.skill, "broken": judged.broken, "seen": judged.seen})
+
+
+def judged_as(prompt: str, verdict: Verdict) -> Judged:
+    """What `verdict_of` was given."""
+    return Judged(prompt=prompt, **verdict.said)
+
+
+def by_facts(verdict: Verdict) -> float:
+    """The order of an exam's pictures: what breaks most facts comes first."""
+    return -len(verdict.said["broken"])
+
+
 def enough(n: int, skills: Sequence[str]) -> int:
     """n. Raises GazeError where a skill would have no prompt."""
     if n < len(skills):
@@ -44,8 +61,11 @@ def sum_up(judged: Sequence[Judged], skills: Sequence[str], facts: Sequence[str]
     prompt, skill, broken facts and what is seen).
 
     The interval is that of the mean where the skills have equally many pictures, if anything too wide, because the
-    skills' shares are fixed; of other trainings of the same model it says nothing.
+    skills' shares are fixed; of other trainings of the same model it says nothing. GazeError: a skill has no picture.
     """
+    without = [skill for skill in skills if all(each.skill != skill for each in judged)]
+    if without:
+        raise GazeError(f"there is no picture of the skill {without[0]!r}", "pictures of all of the exam's prompts")
     misses = [{"index": index, **each._asdict()} for index, each in enumerate(judged) if each.broken]
     rights = {skill: [not each.broken for each in judged if each.skill == skill] for skill in skills}
     shares = {skill: _share(fmean(right), len(right)) for skill, right in rights.items()}
@@ -82,21 +102,18 @@ def draw_all(
     return pictures, {"seed": seed, **settings}
 
 
-def save_worst(report: dict[str, Any], pictures: Sequence[Image.Image], path: Path) -> None:
-    """A sheet of the pictures that break most facts, with their captions and those facts. Raises GazeError."""
+def save_worst(report: dict[str, Any], pictures: Sequence[Image.Image | None], path: Path) -> None:
+    """A sheet of the 40 pictures that break most facts, with their captions and those facts; no others are looked at.
+    Raises GazeError."""
     worst = sorted(report["misses"], key=lambda miss: -len(miss["broken"]))[:WORST]
-    images = [pictures[miss["index"]] for miss in worst] or [NO_MISS]
+    images = [image for miss in worst if (image := pictures[miss["index"]]) is not None] or [NO_MISS]
     labels = [f"{miss['prompt']}: {', '.join(miss['broken'])}" for miss in worst] or ["no picture breaks a fact"]
     save_png(grid(images, COLUMNS, labels, scale_of(images)), path, {"misses": worst})
 
 
 def table(report: dict[str, Any]) -> str:
     """The report in a few lines of text."""
-    rows = [*report["skills"].items(), ("mean", report)]
-    lines = [f"{'skill':<16}{'score':>7}{'95 % interval':>19}{'n':>7}"]
-    for name, part in rows:
-        interval = f"{part['low']:.1%} to {part['high']:.1%}"
-        lines.append(f"{name:<16}{part['score']:>7.1%}{interval:>19}{part['n']:>7}")
     broken = ", ".join(f"{fact} {count}" for fact, count in report["broken"].items() if count)
     settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
-    return "\n".join([*lines, "", f"{report['split']} combinations; pictures that break: {broken or 'none'}", settings])
+    about = f"{report['split']} combinations; pictures that break: {broken or 'none'}"
+    return "\n".join([*score_lines("skill", {**report["skills"], "mean": report}), "", about, settings])

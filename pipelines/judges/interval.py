@@ -24,30 +24,38 @@ def of_share(share: float, n: int) -> dict[str, Any]:
     return {"score": share, "low": low, "high": high, "n": n}
 
 
+def enough(n: int) -> None:
+    """Raises GazeError for fewer scores than `of_mean` takes; to be called before they are worked for."""
+    if n < LEAST:
+        raise GazeError(f"{n} {'picture is' if n == 1 else 'pictures are'} too few for an interval of their mean score",
+                        f"at least {LEAST}")  # fmt: skip
+
+
 def of_mean(scores: Sequence[float], seed: int = 0) -> dict[str, Any]:
     """score, low, high and n of a mean; the interval is the percentile bootstrap's (Efron 1979), a function of the
     seed and the scores. GazeError: fewer than 10 scores."""
     n = len(scores)
-    if n < LEAST:
-        raise GazeError(f"{n} scores are too few for an interval of their mean", f"at least {LEAST} pictures")
+    enough(n)
     scores_N, random = np.asarray(scores, dtype=np.float64), np.random.default_rng(seed)
     means = [scores_N[random.integers(0, n, n)].mean() for _ in range(RESAMPLES)]
     low, high = np.quantile(means, [0.025, 0.975])
     return {"score": math.fsum(scores) / n, "low": float(low), "high": float(high), "n": n}
 
 
-def of_distance(
-    distance: Callable[[np.ndarray, np.ndarray], float], real_ND: np.ndarray, made_ND: np.ndarray, seed: int = 0
-) -> tuple[float, float, float]:
-    """A distance between two sets of features, and its interval by a grouped jackknife (Tukey 1958; Shao & Wu 1989).
+def deal(n: int, seed: int = 0) -> np.ndarray:
+    """The group, of 20, of each of n pictures [n]: as equally many of each as can be."""
+    return np.random.default_rng(seed).permutation(n) % GROUPS
 
-    Both sets are dealt into 20 groups, by the seed; from the distances with one group of each left out follows the
-    variance, and the interval is Student's. Resampling with replacement would not do: repeated pictures make a set look
-    less varied, so every resampled distance is too large.
+
+def of_distance(distance: Callable[[np.ndarray], float]) -> dict[str, Any]:
+    """score, low and high of a distance between two sets, by a grouped jackknife (Tukey 1958; Shao & Wu 1989).
+
+    distance: of those pictures of both sets that are in the groups kept_G, a mask. From the distances with one group of
+    each set left out in turn follows the variance, and the interval is Student's with 19 degrees of freedom. It tells
+    how the score varies with the pictures; a bias that the distance has at this number of them stays in. Resampling
+    with replacement would not do: repeated pictures make a set look less varied, so all distances become larger.
     """
-    whole = distance(real_ND, made_ND)
-    random = np.random.default_rng(seed)
-    real_N, made_N = (random.permutation(len(each)) % GROUPS for each in (real_ND, made_ND))
-    without = [distance(real_ND[real_N != group], made_ND[made_N != group]) for group in range(GROUPS)]
-    error = math.sqrt((GROUPS - 1) * np.var(without))
-    return whole, whole - STUDENT * error, whole + STUDENT * error
+    score = distance(np.ones(GROUPS, dtype=bool))
+    without = [distance(np.arange(GROUPS) != group) for group in range(GROUPS)]
+    reach = STUDENT * math.sqrt((GROUPS - 1) * np.var(without))
+    return {"score": score, "low": score - reach, "high": score + reach}

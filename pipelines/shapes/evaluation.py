@@ -7,10 +7,13 @@ from typing import Any
 
 from PIL import Image
 
-from ..skills import EXAM, Judged, draw_all, enough, sum_up
+from diffusion.errors import GazeError
+
+from ..judges.verdict import Judge, Verdict
+from ..skills import EXAM, Judged, draw_all, enough, judged_as, sum_up, verdict_of
 from .captions import caption
 from .judge import FACTS, check, see
-from .world import SKILLS, Scene, scene
+from .world import SKILLS, Facts, Scene, scene
 
 
 def exam(split: str = "heldout", n: int = 300) -> list[Scene]:
@@ -18,14 +21,37 @@ def exam(split: str = "heldout", n: int = 300) -> list[Scene]:
     return [scene(EXAM, index, split) for index in range(enough(n, SKILLS))]
 
 
+def judge_of(scenes: Sequence[Scene]) -> Judge:
+    """A judge of pictures of these scenes' captions; of another prompt it raises GazeError."""
+    facts = {caption(each): each.facts for each in scenes}
+
+    def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
+        for prompt in prompts:
+            if prompt not in facts:
+                raise GazeError(
+                    f"a picture has the prompt {prompt!r:.200}, which is none of the exam's {len(scenes)}",
+                    "the split that the pictures were made for, and -n where there are more of them",
+                )
+        return [verdict_of(_judged(facts[each], each, image)) for each, image in zip(prompts, images, strict=True)]
+
+    return judge
+
+
 def score(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, Any]:
     """Judges a picture of each scene's caption; right is one that breaks no fact. Returns what `sum_up` does."""
-    judged = []
-    for each, picture in zip(scenes, pictures, strict=True):
-        seen = see(picture)
-        shown = [f"{found.size} {found.colour} {found.shape}" for found in seen]
-        judged.append(Judged(each.facts["skill"], caption(each), check(each.facts, seen), shown))
-    return sum_up(judged, SKILLS, FACTS)
+    pairs = zip(scenes, pictures, strict=True)
+    return sum_up([_judged(each.facts, caption(each), picture) for each, picture in pairs], SKILLS, FACTS)
+
+
+def summary(judged: Sequence[tuple[str, Verdict]]) -> dict[str, Any]:
+    """What `score` returns, of prompt and verdict of each picture."""
+    return sum_up([judged_as(prompt, verdict) for prompt, verdict in judged], SKILLS, FACTS)
+
+
+def _judged(facts: Facts, prompt: str, picture: Image.Image) -> Judged:
+    seen = see(picture)
+    shown = [f"{found.size} {found.colour} {found.shape}" for found in seen]
+    return Judged(facts["skill"], prompt, check(facts, seen), shown)
 
 
 def evaluate_shapes(

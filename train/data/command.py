@@ -18,6 +18,7 @@ USAGE = """\
 python -m train data emoji OUT [--languages en fr]           build the emoji data
 python -m train data scenes OUT --count 10000 [--size 128]   draw scenes of emoji, captioned in English and French
 python -m train data shapes OUT --count 10000 [--masks]      draw scenes of plain shapes
+python -m train data caption FOLDER --model ID               say by a model what the pictures show
 python -m train data pack SOURCE OUT [--shard-size 10000]    tar shards of the pictures that decode
 python -m train data check SOURCE                            verify all of it, name what is wrong
 python -m train data stats SOURCE [--json]                   sizes, shapes, captions, duplicates
@@ -32,6 +33,7 @@ def main(words: list[str]) -> int:
         "emoji": _emoji,
         "scenes": _scenes,
         "shapes": _shapes,
+        "caption": _caption,
         "pack": _pack,
         "check": _check,
         "stats": _stats,
@@ -78,6 +80,49 @@ def _shapes(words: list[str]) -> int:
         arguments.out, arguments.count, arguments.seed, arguments.split, arguments.size, with_masks=arguments.masks
     )
     print(f"{arguments.count} pictures in {arguments.out}")
+    return 0
+
+
+def _caption(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train data caption")
+    parser.add_argument("folder", type=Path, help="of pictures; its metadata.jsonl is written, or added to")
+    parser.add_argument("--model", required=True, help="captioning model of transformers: folder, or id on the hub")
+    parser.add_argument("--prompt", help="what the model answers, or goes on from (default: the model's kind decides)")
+    parser.add_argument("--captions", type=int, default=1, help="of each picture")
+    parser.add_argument("--tokens", type=int, default=40, help="of a caption at most")
+    parser.add_argument("--beams", type=int, default=1, help="texts followed at once, for a likelier one")
+    parser.add_argument("--temperature", type=float, default=0.0, help="draws the words; 0 takes the likeliest")
+    parser.add_argument("--seed", type=int, default=0, help="with a temperature, another gives other captions")
+    parser.add_argument("--existing", default="keep", help="captions that are there: keep, replace or add")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures at once")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode the next pictures meanwhile")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
+    parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the model's own)")
+    given = parser.parse_args(words)
+    # For libraries that are imported below. Tokenizers would warn of the workers that are forked after their use.
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ.update({**quiet, **os.environ})
+    from pipelines.options import dtype_of
+    from pipelines.processes import processes
+
+    from ..signals import interruptible
+    from .caption import Asked, caption
+
+    asked = Asked(
+        given.model, given.prompt, given.captions, given.tokens, given.beams, given.temperature, given.seed,
+        given.existing,
+    )  # fmt: skip
+    dtype = None if given.dtype is None else dtype_of(given.dtype)
+    try:
+        with processes("train") as group, interruptible():
+            report = caption(given.folder, asked, given.batch_size, given.workers, given.device, dtype, group)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the next picture", file=sys.stderr)
+        return 130
+    if report is not None:
+        print(f"{report.captioned} pictures captioned, {report.kept} keep theirs, in {given.folder / 'metadata.jsonl'}")
+        for name, reason in report.skipped:
+            print(f"left out: {name}: {reason}", file=sys.stderr)
     return 0
 
 
