@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
-from diffusion.prompts import escape
-
-from ..skills import EXAM, Judged, draw_all, enough, sum_up
+from ..skills import EXAM, Exam, Judged, enough
 from .captions import caption, speaks
 from .judge import FACTS, check, see, templates
-from .things import Thing, read_things
-from .world import SKILLS, Scene, scene
+from .things import read_things
+from .world import SKILLS, Facts, Scene, scene
 
 
 def exam(kinds: Sequence[str], split: str = "heldout", n: int = 300) -> list[Scene]:
@@ -23,42 +20,21 @@ def exam(kinds: Sequence[str], split: str = "heldout", n: int = 300) -> list[Sce
     return [scene(kinds, EXAM, index, split) for index in range(enough(n, SKILLS))]
 
 
-def score(
-    scenes: Sequence[Scene], prompts: Sequence[str], pictures: Sequence[Image.Image], things: Mapping[str, Thing]
-) -> dict[str, Any]:
-    """Judges a picture of each scene's caption; right is one that breaks no fact. Returns what `sum_up` does."""
-    known = templates({name: thing.glyph for name, thing in things.items()})
-    judged = []
-    for each, prompt, picture in zip(scenes, prompts, pictures, strict=True):
-        shown = see(picture, known)
-        seen = [found.kind for found in shown.objects] + [f"{shown.background} background"]
-        judged.append(Judged(each.facts["skill"], prompt, check(each.facts, shown), seen))
-    return sum_up(judged, SKILLS, FACTS)
+def ask(data: str | Path, split: str = "heldout", n: int = 300, language: str = "en") -> Exam:
+    """Its captions, and the judge of their pictures, which may be of any size and are resized to 64x64.
 
-
-def evaluate_scenes(
-    pipe: Any,
-    data: str | Path,
-    split: str = "heldout",
-    n: int = 300,
-    seed: int = 0,
-    steps: int | None = None,
-    guidance_scale: float | None = None,
-    batch: int = 32,
-    progress: Callable[[int, int], None] | None = None,
-    language: str = "en",
-) -> tuple[dict[str, Any], list[Image.Image]]:
-    """Draws the captions of the exam and judges the pictures; one that is not 64x64 is resized to that.
-
-    pipe: a TextToImage. data: a folder of scenes, whose glyphs are matched. seed: picture i has seed + i, so the batch
-    size changes nothing, and another language begins from the same noise. steps, guidance_scale: None takes the
-    model's. progress: called with (done, total) after each batch. language: of the captions, "en" or "fr".
-    Returns what `score` does, with split, language and settings, and the pictures. Raises GazeError.
+    data: a folder of scenes, whose glyphs are matched. Raises GazeError as `exam` does, for a language that scenes have
+    no captions in, and where the folder has no glyphs.
     """
     speaks(language)
     things = {thing.name: thing for thing in read_things(data)}
     scenes = exam([*things], split, n)
+    known = templates({name: thing.glyph for name, thing in things.items()})
+
+    def judged(facts: Facts, prompt: str, picture: Image.Image) -> Judged:
+        shown = see(picture, known)
+        seen = [*(found.kind for found in shown.objects), f"{shown.background} background"]
+        return Judged(facts["skill"], prompt, check(facts, shown), seen)
+
     prompts = [caption(each, things, language) for each in scenes]
-    pictures, settings = draw_all(pipe, [*map(escape, prompts)], seed, steps, guidance_scale, batch, progress)
-    found = score(scenes, prompts, pictures, things)
-    return {"split": split, "language": language, **found, "settings": settings}, pictures
+    return Exam(prompts, [each.facts for each in scenes], judged, SKILLS, FACTS)
