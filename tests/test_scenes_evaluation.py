@@ -61,6 +61,9 @@ def test_a_model_is_scored(gaze, scenes, model):
 def test_bad_input_is_named(gaze, scenes, model, tmp_path):
     broken = write_glyphs(tmp_path / "broken")
     (broken / "glyphs" / "metadata.jsonl").write_text('{"file_name": "0.png", "name": "apple"}\n')
+    english = write_glyphs(tmp_path / "english_only")
+    metadata = english / "glyphs" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"fr"', '"de"'))
     options = ["evaluate", "scenes", "--model", model]
     for more, says in (
         (["--data", scenes, "-n", 5], "too few"),
@@ -68,6 +71,7 @@ def test_bad_input_is_named(gaze, scenes, model, tmp_path):
         (["--data", scenes, "--language", "de"], "no captions in the language 'de'"),
         (["--data", tmp_path], "glyphs/metadata.jsonl cannot be read"),
         (["--data", broken], "line 1: 'nouns'"),
+        (["--data", english], "line 1: 'fr'"),
         (
             ["--data", scenes, "--pictures", finished(tmp_path / "english", "en"), "--language", "fr"],
             "none of the exam",

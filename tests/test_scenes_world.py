@@ -148,6 +148,12 @@ def test_scenes_are_a_function_of_kinds_seed_index_and_split():
     assert [each.box for each in SEEN[3].objects] == [(29, 2, 55, 28), (35, 33, 59, 57)]
 
 
+@pytest.mark.parametrize("kinds", [["cow", "dog"], ["cow", "dog", "pear"]])
+def test_too_few_things_are_an_error_and_no_endless_search(kinds):
+    with pytest.raises(GazeError, match=f"{len(kinds)} things are too few"):
+        scene(kinds, 0, 0, "heldout")
+
+
 def test_unknown_splits_and_languages_are_named():
     with pytest.raises(GazeError, match=r"unknown split 'held'\n.*did you mean 'heldout'"):
         scene(KINDS, 0, 0, "held")
