@@ -178,7 +178,6 @@ def _distance(kind: str, real: str, options: JudgeOptions) -> None:
     with started(options) as (group, advance):
         from .judges import features
         from .judges.frame import judged
-        from .judges.interval import of_distance
         from .judges.pictures import read_pictures
         from .judges.report import report_of, table
 
@@ -195,8 +194,7 @@ def _distance(kind: str, real: str, options: JudgeOptions) -> None:
         )
     if cases is None or made is None:
         return
-    made_MD = features.joined(made)
-    score = of_distance(features.distance_of(kind, real_ND, made_MD, settings["seed"]))
+    summary = features.compare(kind, real_ND, features.joined(made), settings["seed"])
     about |= {"features": real_ND.shape[1], "real": real, "real_pictures": len(files)}
-    report = report_of(cases, {**score, "n": len(cases)}, {**options.source(cases), **about})
+    report = report_of(cases, summary, {**options.source(cases), **about})
     options.show(f"gaze evaluate {kind}", report, cases, lambda report: table(kind, report))

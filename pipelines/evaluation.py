@@ -47,7 +47,8 @@ def wilson(right: float, n: int, z: float = Z_95) -> tuple[float, float]:
     share, shrink = right / n, 1 + z * z / n
     middle = (share + z * z / (2 * n)) / shrink
     reach = z / shrink * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    # of none and of all the ends are 0 and 1, but for their last bits
+    return max(0.0, round(middle - reach, 15)), min(1.0, round(middle + reach, 15))
 
 
 def evaluate_retrieval(

@@ -17,7 +17,7 @@ from diffusion.errors import GazeError
 
 from ..images import open_picture, to_rgb
 from ..processes import Processes, own_device
-from .interval import GROUPS, deal
+from .interval import GROUPS, deal, of_distance
 from .models import open_judge
 from .verdict import Judge, Verdict
 
@@ -45,6 +45,8 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
         return pooled.flatten(1).double().cpu().numpy()
 
     about = {key: value for key, value in prepare.to_dict().items() if key in OF_RESIZING}
+    if "resample" in about:
+        about["resample"] = Image.Resampling(about["resample"]).name.lower()
     return features, {"judge": name, "network": type(network).__name__, **about, "judge_dtype": dtype}
 
 
@@ -76,6 +78,13 @@ def distance_of(kind: str, real_ND: np.ndarray, made_MD: np.ndarray, seed: int =
     real, made = ([each[dealt == group] for group in range(GROUPS)]
                   for each, dealt in ((real_ND, real_N), (made_MD, made_M)))  # fmt: skip
     return kernel_distance_of(real, made)
+
+
+def compare(kind: str, real_ND: np.ndarray, made_MD: np.ndarray, seed: int = 0) -> dict[str, Any]:
+    """score, low, high of `distance_of`, and n: how many were made. A Frechet distance, and its interval, ends at 0."""
+    found = of_distance(distance_of(kind, real_ND, made_MD, seed))
+    least = 0.0 if kind == "fid" else -np.inf
+    return {**found, "low": max(least, found["low"]), "n": len(made_MD)}
 
 
 def frechet(real_ND: np.ndarray, made_MD: np.ndarray) -> float:

@@ -111,4 +111,6 @@ def _said(value: Any) -> str:
         return ", ".join(f"{key} {_said(each)}" for key, each in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(_said, value)) or "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return _number(value) if isinstance(value, float) else str(value)

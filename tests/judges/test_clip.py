@@ -49,7 +49,7 @@ def test_clipscore_is_that_of_the_paper(clip, pictures):
     verdicts = judge(PROMPTS, pictures)
     assert [verdict.score for verdict in verdicts] == pytest.approx(2.5 * np.maximum(cosines, 0), abs=1e-5)
     assert [verdict.said["cosine"] for verdict in verdicts] == pytest.approx(cosines, abs=1e-5)
-    stated = {"score": "2.5 * max(cosine, 0)", "prefix": "A photo depicts ", "judge_dtype": "float32"}
+    stated = {"formula": "2.5 * max(cosine, 0)", "prefix": "A photo depicts ", "judge_dtype": "float32"}
     assert about == {"judge": clip, **stated}
 
 
