@@ -261,6 +261,9 @@ def test_scenes_are_written_as_the_judge_and_the_trainer_read_them(tmp_path):
         build_scenes(tmp_path / "a", 6)
     with pytest.raises(GazeError, match="no captions in the language 'es'"):
         build_scenes(tmp_path / "c", 6, languages=["es"])
+    with pytest.raises(GazeError, match="unknown split 'held'"):
+        build_scenes(tmp_path / "c", 6, split="held")
+    assert not (tmp_path / "c").exists()
 
 
 @needs_packages

@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.places import SIDE
+from pipelines.places import SIDE, check_split
 from pipelines.scenes.captions import caption, speaks
 from pipelines.scenes.things import NAMED_IN, read_things
 from pipelines.scenes.world import draw, scene
@@ -37,6 +37,7 @@ def build_scenes(
     pictures.
     """
     check_new(out, count, seed, size)
+    check_split(split)
     for language in languages:
         speaks(language)
     write_things(out)
