@@ -32,7 +32,7 @@ def coverage(make: Callable[[np.random.Generator], dict[str, Any]], rounds: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=100)
     rounds = parser.parse_args().rounds
     cases: dict[str, Callable[[np.random.Generator], dict[str, Any]]] = {}
     for n in (10, 50, 300):

@@ -26,7 +26,7 @@ PREFIX = "A photo depicts "  # before each caption, as CLIPScore was published
 def clip_judge(name: str, prefix: str | None = None, dtype: str = "float32") -> tuple[Judge, dict[str, Any]]:
     """A judge, and the settings that its scores belong to.
 
-    A network trained with a softmax (CLIP, MetaCLIP 2, AltCLIP, ...) gives CLIP-S = 2.5 * max(cos, 0) of the embeddings of
+    A network trained with a softmax (CLIP, AltCLIP, ...) gives CLIP-S = 2.5 * max(cos, 0) of the embeddings of
     the picture and of "A photo depicts " + prompt (Hessel et al. 2021, section 3). One with a bias beside its scale was
     trained with a sigmoid (SigLIP, Zhai et al. 2023, algorithm 1), and gives the probability that the two belong
     together, sigmoid(scale * cos + bias), of the prompt as it is. A verdict also tells the cosine, and whether the
