@@ -1,6 +1,7 @@
 """The commands of `gaze evaluate`. Each imports what it needs when it runs."""
 
-from typing import Annotated, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -8,6 +9,10 @@ from .evaluate_asked import detect, vqa
 from .evaluate_options import EvaluateOptions, JudgeOptions, started
 from .options import with_picture_options
 
+if TYPE_CHECKING:
+    from .skills import Exam
+
+Sheet = Annotated[str | None, typer.Option(metavar="FILE", help="A PNG of the pictures that break most facts.")]
 evaluate = typer.Typer(
     help="Score a model, or finished pictures. Each works over several processes with accelerate launch.",
     no_args_is_help=True,
@@ -59,13 +64,45 @@ def shapes(
     *,
     split: Annotated[str, typer.Option(metavar="NAME", help="seen or heldout combinations.")] = "heldout",
     n: Annotated[int, typer.Option("-n", metavar="N", help="Prompts, six skills in turn.")] = 300,
-    sheet: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A PNG of the pictures that break most facts.")
-    ] = None,
+    sheet: Sheet = None,
     options: EvaluateOptions,
 ) -> None:
     """How often does a picture of plain shapes show exactly what the caption says? Scores with 95 % intervals, for
     each of six skills and their mean."""
+
+    def ask() -> "Exam":
+        from .shapes.evaluation import ask
+
+        return ask(split, n)
+
+    _by_skill("shapes", {"split": split}, ask, sheet, options)
+
+
+@evaluate.command(short_help="Scenes of emoji: exact, skill by skill.")
+@with_picture_options
+def scenes(
+    *,
+    data: Annotated[str, typer.Option(metavar="FOLDER", help="Of scenes; its glyphs are matched.")] = "data/scenes",
+    split: Annotated[str, typer.Option(metavar="NAME", help="seen or heldout combinations.")] = "heldout",
+    language: Annotated[str, typer.Option(metavar="CODE", help="Of the prompts: en or fr.")] = "en",
+    n: Annotated[int, typer.Option("-n", metavar="N", help="Prompts, six skills in turn.")] = 300,
+    sheet: Sheet = None,
+    options: EvaluateOptions,
+) -> None:
+    """How often does a picture of two or three emoji show exactly what the caption says? Scores with 95 % intervals,
+    for each of six skills and their mean."""
+
+    def ask() -> "Exam":
+        from .scenes.evaluation import ask
+
+        return ask(data, split, n, language)
+
+    _by_skill("scenes", {"split": split, "language": language}, ask, sheet, options)
+
+
+def _by_skill(
+    name: str, about: dict[str, Any], ask: "Callable[[], Exam]", sheet: str | None, options: EvaluateOptions
+) -> None:
     from .files import check_writable, png_path
 
     path = None if sheet is None else png_path(sheet)
@@ -74,22 +111,18 @@ def shapes(
     with started(options) as (group, advance):
         from .judges.frame import judged
         from .judges.pictures import Asked
-        from .shapes.captions import caption
-        from .shapes.evaluation import exam, judge_of, summary
         from .skills import by_facts, save_worst, table
 
-        scenes = exam(split, n)
-        asked = options.asked(lambda: [Asked(caption(each)) for each in scenes])
-        cases = judged(
-            group, asked, options.drawn_with(), judge_of(scenes), options.batch_size, advance, order=by_facts
-        )
+        exam = ask()
+        asked = options.asked(lambda: [*map(Asked, exam.prompts)])
+        cases = judged(group, asked, options.drawn_with(), exam.judge, options.batch_size, advance, order=by_facts)
     if cases is None:
         return
-    report = {"split": split, **summary([(case.asked.text, case.verdict) for case in cases])}
+    report = {**about, **exam.summary([(case.asked.text, case.verdict) for case in cases])}
     report["settings"] = options.source(cases)
     if path is not None:
         save_worst(report, [case.image for case in cases], path)
-    options.show("gaze evaluate shapes", report, cases, table, by_facts)
+    options.show(f"gaze evaluate {name}", report, cases, table, by_facts)
 
 
 @evaluate.command(short_help="Any prompts: CLIPScore, or SigLIP's probability.")

@@ -19,7 +19,7 @@ from torch import Tensor
 from diffusion.errors import GazeError, nearest
 from diffusion.prompts import escape
 
-from .images import to_rgb, to_tensor
+from .images import FORMATS, to_rgb, to_tensor
 from .judges.pictures import picture_of, read_lines
 from .judges.verdict import Judge, Verdict
 
@@ -205,7 +205,7 @@ def read_each(folder: Path, make: Callable[[dict[str, Any], Image.Image], T], hi
     metadata, found = folder / "metadata.jsonl", []
     for where, row in read_lines(metadata, hint):
         try:
-            with Image.open(picture_of(where, row, folder)) as image:
+            with Image.open(picture_of(where, row, folder), formats=FORMATS) as image:
                 found.append(make(row, image))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise GazeError(f"{where}: {error}", hint) from error

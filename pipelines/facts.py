@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any, Protocol
 
 from .places import Box, ahead
@@ -44,9 +44,8 @@ def broken_by(facts: Mapping[str, Any], seen: Sequence[Placed], weight: Mapping[
             [each.box for k, each in enumerate(seen) if any(wrong[i, k] == wrong[i, j] for i, j in pairs)]
             for pairs in found
         ]
-        first, second = (combinations(boxes, len(pairs)) for boxes, pairs in zip(alike, found, strict=True))
-        seconds = [*second]
-        if not any(_all_ahead(facts["relation"], some, others) for some in first for others in seconds):
+        choices = [combinations(boxes, len(pairs)) for boxes, pairs in zip(alike, found, strict=True)]
+        if not any(_all_ahead(facts["relation"], *chosen) for chosen in product(*choices)):
             broken.add("position")
     return broken
 

@@ -1,5 +1,6 @@
 """Contact sheets: many pictures in one, labelled."""
 
+import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -105,10 +106,16 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in " ".join(text.split()))
 
 
+def _unaccented(text: str) -> str:
+    """In letters that the font has: of those with accents it has none."""
+    letters = unicodedata.normalize("NFKD", text.replace("œ", "oe").replace("Œ", "Oe"))
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
+
+
 def _break_lines(text: str, width: float, font: Any) -> list[str]:
     """Words of `text` in lines at most `width` pixels wide; longer words are broken."""
     lines = [""]
-    for word in printable(text).split():
+    for word in _unaccented(printable(text)).split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ from .sheet import grid, scale_of
 
 EXAM = -1  # the seed of its scenes, which no training data has
 WORST, COLUMNS = 40, 8  # pictures of a sheet
+Facts = dict[str, Any]
 NO_MISS = Image.new("RGB", (64, 64), WHITE)
 
 
@@ -82,6 +84,33 @@ def sum_up(judged: Sequence[Judged], skills: Sequence[str], facts: Sequence[str]
 def _share(share: float, n: int) -> dict[str, Any]:
     low, high = wilson(share * n, n)
     return {"score": share, "low": low, "high": high, "n": n}
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The prompts of a world and the facts that each says. judged: looks at a picture of a prompt."""
+
+    prompts: Sequence[str]
+    facts: Sequence[Facts]
+    judged: Callable[[Facts, str, Image.Image], Judged]
+    skills: Sequence[str]
+    kinds_of_facts: Sequence[str]
+
+    def judge(self, prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
+        """A Judge of pictures of its prompts; of another it raises GazeError."""
+        facts = dict(zip(self.prompts, self.facts, strict=True))
+        for prompt in prompts:
+            if prompt not in facts:
+                raise GazeError(
+                    f"a picture has the prompt {prompt!r:.200}, which is none of the exam's {len(self.prompts)}",
+                    "the split that the pictures were made for, and -n where there are more of them",
+                )
+        pairs = zip(prompts, images, strict=True)
+        return [verdict_of(self.judged(facts[prompt], prompt, image)) for prompt, image in pairs]
+
+    def summary(self, judged: Sequence[tuple[str, Verdict]]) -> dict[str, Any]:
+        """What `sum_up` returns, of prompt and verdict of each picture."""
+        return sum_up([judged_as(prompt, verdict) for prompt, verdict in judged], self.skills, self.kinds_of_facts)
 
 
 def draw_all(

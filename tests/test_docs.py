@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from diffusion.convert import convert
 from diffusion.pretrained import load_model
 from tests.borrowed_models import causal
+from tests.made_things import write_glyphs
 from tests.narrow_models import narrow_pipeline
 from tests.random_lora import flat, random_lora
 
@@ -72,6 +73,7 @@ def place(made, tmp_path, monkeypatch):
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "prompts.txt").write_text("a red heart\na snowman\n")
+    write_glyphs(tmp_path / "data" / "scenes")
     for name, colour in (("apple.png", "red"), ("bowl.png", "gray"), ("mask.png", "white")):
         Image.new("RGB", (64, 64), colour).save(tmp_path / name)
     return tmp_path

@@ -6,7 +6,10 @@ import pytest
 from PIL import Image, ImageChops
 
 from diffusion.errors import GazeError
-from train.data import emoji
+from pipelines.scenes.things import read_things
+from train.data import annotations, emoji, nouns
+from train.data.folder import Folder
+from train.data.scenes import build_scenes
 
 LIST = """\
 # group: People & Body
@@ -30,8 +33,8 @@ def test_only_fully_qualified_emoji_are_read_with_their_group():
     assert (nepal.name, nepal.group) == ("flag: Nepal", "Flags")
 
 
-def test_annotations_are_keywords_without_the_name():
-    assert emoji.parse_annotations(XML) == {"x": ["dog", "face", "pet"]}
+def test_annotations_are_names_and_keywords():
+    assert annotations.parse_annotations(XML) == {"x": ("dog face", ["dog", "face", "pet"])}
 
 
 @pytest.mark.parametrize(
@@ -50,20 +53,80 @@ def test_idea_is_the_name_without_skin_tones(name, expected):
 
 
 def test_captions_are_dropped_when_they_say_no_more_than_the_name():
-    assert emoji.captions("dog face", ["dog", "face", "pet"]) == [
+    assert emoji.captions("dog face", "a dog face", ["dog", "face", "pet"]) == [
         "dog face",
         "a dog face",
         "dog face, dog, face, pet",
     ]
-    assert emoji.captions("dog face", ["dog", "face"]) == ["dog face", "a dog face"]
-    assert emoji.captions("Dog", ["dog"]) == ["Dog", "a Dog"]
-    assert emoji.captions("ninja", []) == ["ninja", "a ninja"]
+    assert emoji.captions("dog face", "a dog face", ["dog", "face"]) == ["dog face", "a dog face"]
+    assert emoji.captions("Dog", "a Dog", ["dog"]) == ["Dog", "a Dog"]
+    assert emoji.captions("ninja", "ninja", []) == ["ninja"]
 
 
 def test_the_spoken_name():
     assert emoji.spoken("flag: Japan") == "the flag of Japan"
     assert emoji.spoken("eagle") == "an eagle"
     assert emoji.spoken("man: dark skin tone, beard") == "a man with dark skin tone and beard"
+
+
+@pytest.mark.parametrize(
+    ("name", "gender", "one", "several"),
+    [
+        ("pomme rouge", "f", "une pomme rouge", "pommes rouges"),
+        ("cheval", "m", "un cheval", "chevaux"),
+        ("château", "m", "un château", "châteaux"),
+        ("cœur bleu", "m", "un cœur bleu", "cœurs bleus"),
+        ("ananas", "m", "un ananas", "ananas"),
+        ("feu", "m", "un feu", "feux"),
+        ("chaussure de sport", "f", "une chaussure de sport", "chaussures de sport"),
+        ("gâteau d'anniversaire", "m", "un gâteau d'anniversaire", "gâteaux d'anniversaire"),
+        ("ours en peluche", "m", "un ours en peluche", "ours en peluche"),
+        ("arc-en-ciel", "m", "un arc-en-ciel", "arcs-en-ciel"),
+        ("cerf-volant", "m", "un cerf-volant", "cerfs-volants"),
+        ("pierre précieuse", "f", "une pierre précieuse", "pierres précieuses"),
+    ],
+)
+def test_french_nouns_have_article_and_plural(name, gender, one, several):
+    assert nouns.french(name, gender == "f") == (one, several)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "several"),
+    [
+        ("dog", "a dog", "dogs"),
+        ("eggplant", "an eggplant", "eggplants"),
+        ("butterfly", "a butterfly", "butterflies"),
+        ("key", "a key", "keys"),
+        ("bus", "a bus", "buses"),
+        ("tomato", "a tomato", "tomatoes"),
+        ("video", "a video", "videos"),
+        ("running shoe", "a running shoe", "running shoes"),
+    ],
+)
+def test_english_nouns_have_article_and_plural(name, one, several):
+    assert nouns.english(name) == (one, several)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("homme : peau mate et cheveux roux", "homme à la peau mate et aux cheveux roux"),
+        ("femme : peau claire et chauve", "femme à la peau claire et chauve"),
+        ("famille : homme, femme et fille", "famille : homme, femme et fille"),
+        ("drapeau : Japon", "drapeau : Japon"),
+        ("touches : 1", "touches : 1"),
+        ("chatte", "chatte"),
+    ],
+)
+def test_spoken_french_needs_no_unknown_gender(name, said):
+    assert nouns.spoken_french("x", name) == said
+
+
+def test_things_have_one_gender_and_their_spoken_name_has_it():
+    assert not set(nouns.FEMININE) & set(nouns.MASCULINE)
+    assert len(nouns.GENDERS) == len(nouns.FEMININE + nouns.MASCULINE)
+    assert nouns.spoken_french("🍎", "pomme rouge") == "une pomme rouge"
+    assert nouns.spoken_french("🐕", "chien") == "un chien"
 
 
 def test_a_lone_idea_is_seen_as_often_as_the_balance_says():
@@ -86,7 +149,7 @@ def test_missing_packages_are_named(monkeypatch):
 
 
 needs_packages = pytest.mark.skipif(
-    not all(path.is_file() for path in emoji.PACKAGES), reason="the emoji packages are not installed"
+    not all(path.exists() for path in emoji.PACKAGES), reason="the emoji packages are not installed"
 )
 
 
@@ -128,6 +191,82 @@ def test_build_writes_the_same_folder_twice_and_keeps_the_held_out_apart(tmp_pat
 
 
 @needs_packages
+def test_what_is_held_out_is_so_in_every_language(tmp_path):
+    alone = emoji.build_emoji(tmp_path / "en", size=16, limit=300)
+    both = emoji.build_emoji(tmp_path / "both", size=16, limit=300, languages=["en", "fr"])
+    assert {key: both[key] for key in alone} == alone
+    lines = {}
+    for form in ("en", "both"):
+        for split in ("train", "heldout"):
+            text = (tmp_path / form / split / "metadata.jsonl").read_text(encoding="utf-8")
+            lines[form, split] = [json.loads(line) for line in text.splitlines()]
+    for old, new in zip(lines["en", "train"], lines["both", "train"], strict=True):
+        assert new["text"][: len(old["text"])] == old["text"]
+        assert {key: value for key, value in new.items() if key in old} == old | {"text": new["text"]}
+    secret = {text for line in lines["both", "heldout"] for text in line["text"]}
+    names = {name.casefold() for line in lines["both", "heldout"] for name in (line["name"], line["name_fr"])}
+    assert len(names) == 2 * both["heldout"]
+    for line in lines["both", "train"]:
+        assert not secret & set(line["text"])
+        keywords = [word for text in line["text"] for word in text.split(", ")[line["name"].count(", ") + 1 :]]
+        assert not names & {word.casefold() for word in keywords}
+    first = lines["both", "train"][0]
+    assert first["name_fr"] in first["text"]
+    assert not any("’" in line.get("name_fr", "") for split in ("train", "heldout") for line in lines["both", split])
+
+
+@needs_packages
+def test_languages_that_cldr_lacks_are_named(tmp_path):
+    with pytest.raises(GazeError, match="does not name the emoji in the language 'frr'"):
+        emoji.build_emoji(tmp_path, limit=2, languages=["en", "frr"])
+
+
+@needs_packages
+def test_a_glyph_on_white_is_the_picture():
+    emojis, font = emoji.installed()
+    for one in (e for e in emojis if e.key in "🍎🐕🔑⛵"):
+        alone = emoji.glyph(one.text, font)
+        assert alone.width == alone.height == max(alone.getbbox()[2:])
+        on_white = Image.new("RGBA", alone.size, "white")
+        on_white.alpha_composite(alone)
+        canvas = emoji._drawn(one.text, font, "white")
+        left, top, right, bottom = ImageChops.difference(
+            canvas.convert("RGB"), Image.new("RGB", canvas.size, "white")
+        ).getbbox()
+        found = ImageChops.difference(on_white.convert("RGB"), Image.new("RGB", alone.size, "white")).getbbox()
+        pairs = zip(
+            on_white.convert("RGB").crop(found).tobytes(),
+            canvas.convert("RGB").crop((left, top, right, bottom)).tobytes(),
+            strict=True,
+        )
+        assert max(abs(a - b) for a, b in pairs) <= 2
+
+
+@needs_packages
+def test_scenes_are_written_as_the_judge_and_the_trainer_read_them(tmp_path):
+    for name in ("a", "b"):
+        build_scenes(tmp_path / name, 6, seed=3)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    things = read_things(tmp_path / "a")
+    assert [thing.nouns["fr"] for thing in things[:2]] == [
+        ("une pomme rouge", "pommes rouges"),
+        ("une banane", "bananes"),
+    ]
+    assert len(things) == len(nouns.GENDERS)
+    found = Folder(tmp_path / "a")
+    assert len(found) == 6
+    assert all(len(entry.captions) == 2 for entry in found.entries)
+    with pytest.raises(GazeError, match="holds something already"):
+        build_scenes(tmp_path / "a", 6)
+    with pytest.raises(GazeError, match="no captions in the language 'es'"):
+        build_scenes(tmp_path / "c", 6, languages=["es"])
+    with pytest.raises(GazeError, match="unknown split 'held'"):
+        build_scenes(tmp_path / "c", 6, split="held")
+    assert not (tmp_path / "c").exists()
+
+
+@needs_packages
 def test_pictures_are_whole_and_on_white(tmp_path):
     emoji.build_emoji(tmp_path, size=64, limit=3)
     for path in (tmp_path / "train").glob("*.png"):
@@ -143,5 +282,5 @@ def test_pictures_are_whole_and_on_white(tmp_path):
 @needs_packages
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(GazeError, match="cannot write the emoji folder"):
+    with pytest.raises(GazeError, match="cannot write the folder"):
         emoji.build_emoji(tmp_path / "file", limit=2)

@@ -117,6 +117,24 @@ def test_pooling_is_the_mean_on_white():
     assert pool(Image.new("RGBA", (64, 64), (0, 0, 0, 0))).min() == 1.0
 
 
+def test_another_language_asks_for_the_same_pictures_by_their_names_in_it(data):
+    for split in ("train", "heldout"):
+        path = data / split / "metadata.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows[:2] + rows[3:]:
+            row["name_fr"] = f"image {row['name']}"
+        path.write_text("\n".join(map(json.dumps, rows)))
+    english, french = FakePipe(data), FakePipe(data, lambda name: name.removeprefix("image "))
+    evaluate_retrieval(english, data, "seen", n=9, seed=1)
+    result = evaluate_retrieval(french, data, "seen", n=9, seed=1, language="fr")
+    names = [name for name, _ in english.asked]
+    assert "train 2" in names
+    assert [name for name, _ in french.asked] == [f"image {name}" for name in names if name != "train 2"]
+    assert (result["score"], result["n"], result["language"]) == (1.0, 8, "fr")
+    with pytest.raises(GazeError, match=r"(?s)has a name in 'de'.*--languages en de"):
+        evaluate_retrieval(english, data, language="de")
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -158,6 +158,14 @@ def test_grid_places_pictures_row_by_row() -> None:
     assert places[3][1] == places[0][1]
 
 
+def test_labels_with_accents_are_drawn_without_what_the_font_lacks() -> None:
+    images = [Image.new("RGB", (200, 20))]
+    assert (
+        grid(images, 1, ["une étoile à côté d'un cœur"]).tobytes()
+        == grid(images, 1, ["une etoile a cote d'un coeur"]).tobytes()
+    )
+
+
 def test_grid_labels_take_room_below_and_odd_ones_are_drawn() -> None:
     images = [Image.new("RGB", (64, 64))] * 3
     labels = ["woman office worker: medium skin tone", "\0\ud800 😀\n", "x" * 300]

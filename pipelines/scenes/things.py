@@ -13,6 +13,7 @@ from PIL import Image
 
 from ..evaluation import read_each
 
+NAMED_IN = ("en", "fr")
 HINT = "python -m train data scenes FOLDER --count 10000 builds one"
 
 
@@ -31,5 +32,6 @@ def read_things(data: str | Path) -> list[Thing]:
 
 
 def _thing(row: dict[str, Any], image: Image.Image) -> Thing:
-    nouns = {str(language): (str(one), str(many)) for language, (one, many) in row["nouns"].items()}
+    one_and_several = {language: tuple(map(str, row["nouns"][language])) for language in NAMED_IN}
+    nouns = {language: (one, several) for language, (one, several) in one_and_several.items()}
     return Thing(str(row["name"]), nouns, image.convert("RGBA"))

@@ -14,6 +14,8 @@ from typing import Any
 
 from PIL import Image
 
+from diffusion.errors import GazeError
+
 from ..places import CLEAR, RELATIONS, SIDE, Box, ahead, apart, box_at_random, check_split, is_held_out
 
 WHITE = "white"
@@ -27,6 +29,7 @@ BACKGROUNDS = {
     "purple": (190, 160, 235),
 }
 SIDES = {2: range(22, 27), 3: range(18, 22)}  # of an emoji's box, by how many there are
+TRIES = 10_000  # to find facts of a split; some ten suffice where there are many kinds
 SKILLS = ("two objects", "three objects", "counting", "position", "background", "all at once")
 
 Facts = dict[str, Any]
@@ -55,14 +58,15 @@ class Scene:
 
 
 def scene(kinds: Sequence[str], seed: int, index: int, split: str = "seen") -> Scene:
-    """Scene number `index`, of skill SKILLS[index % 6]. kinds: names, three or more. GazeError: no such split."""
+    """Scene number `index`, of skill SKILLS[index % 6]. kinds: names. GazeError: no such split, and too few kinds."""
     check_split(split)
     name = f"{split}/{seed}/{index}"
     random = Random(f"emoji/{name}")
-    while True:
+    for _ in range(TRIES if len(kinds) >= 3 else 0):
         facts = _facts(random, SKILLS[index % len(SKILLS)], kinds)
         if any(map(is_held_out, combinations_of(facts))) == (split == "heldout"):
             return Scene(name, facts, facts["background"] or WHITE, _objects(random, facts))
+    raise GazeError(f"{len(kinds)} things are too few for scenes of the split {split!r}", "some 20 or more")
 
 
 def combinations_of(facts: Facts) -> Iterator[str]:

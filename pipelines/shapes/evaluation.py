@@ -7,10 +7,7 @@ from typing import Any
 
 from PIL import Image
 
-from diffusion.errors import GazeError
-
-from ..judges.verdict import Judge, Verdict
-from ..skills import EXAM, Judged, draw_all, enough, judged_as, sum_up, verdict_of
+from ..skills import EXAM, Exam, Judged, draw_all, enough, sum_up
 from .captions import caption
 from .judge import FACTS, check, see
 from .world import SKILLS, Facts, Scene, scene
@@ -21,31 +18,16 @@ def exam(split: str = "heldout", n: int = 300) -> list[Scene]:
     return [scene(EXAM, index, split) for index in range(enough(n, SKILLS))]
 
 
-def judge_of(scenes: Sequence[Scene]) -> Judge:
-    """A judge of pictures of these scenes' captions; of another prompt it raises GazeError."""
-    facts = {caption(each): each.facts for each in scenes}
-
-    def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
-        for prompt in prompts:
-            if prompt not in facts:
-                raise GazeError(
-                    f"a picture has the prompt {prompt!r:.200}, which is none of the exam's {len(scenes)}",
-                    "the split that the pictures were made for, and -n where there are more of them",
-                )
-        return [verdict_of(_judged(facts[each], each, image)) for each, image in zip(prompts, images, strict=True)]
-
-    return judge
+def ask(split: str, n: int) -> Exam:
+    """Its captions, and the judge of their pictures. Raises GazeError as `exam` does."""
+    scenes = exam(split, n)
+    return Exam([caption(each) for each in scenes], [each.facts for each in scenes], _judged, SKILLS, FACTS)
 
 
 def score(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, Any]:
     """Judges a picture of each scene's caption; right is one that breaks no fact. Returns what `sum_up` does."""
     pairs = zip(scenes, pictures, strict=True)
     return sum_up([_judged(each.facts, caption(each), picture) for each, picture in pairs], SKILLS, FACTS)
-
-
-def summary(judged: Sequence[tuple[str, Verdict]]) -> dict[str, Any]:
-    """What `score` returns, of prompt and verdict of each picture."""
-    return sum_up([judged_as(prompt, verdict) for prompt, verdict in judged], SKILLS, FACTS)
 
 
 def _judged(facts: Facts, prompt: str, picture: Image.Image) -> Judged:

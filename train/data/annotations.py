@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion.errors import GazeError, nearest
+from diffusion.errors import GazeError
 
 FOLDERS = tuple(Path("/usr/share/unicode/cldr/common") / part for part in ("annotations", "annotationsDerived"))
 VARIATION_SELECTOR = "\ufe0f"  # absent from CLDR's keys
@@ -35,9 +35,11 @@ def read_annotations(language: str) -> dict[str, Annotation]:
     Apostrophes and spaces are those of a keyboard, as prompts have them; but English keeps CLDR's, with which the
     shipped model was trained.
     """
-    known = [path.stem for path in FOLDERS[0].glob("*.xml")]
-    if language not in known:
-        raise GazeError(f"CLDR does not name the emoji in the language {language!r}", nearest(language, known))
+    if language not in [path.stem for path in FOLDERS[0].glob("*.xml")]:
+        raise GazeError(
+            f"CLDR does not name the emoji in the language {language!r}",
+            f"a code such as en, fr or pt_PT; the files in {FOLDERS[0]} are called by them",
+        )
     found: dict[str, Annotation] = {}
     for folder in FOLDERS:
         file = folder / f"{language}.xml"

@@ -13,16 +13,14 @@ from typing import Any
 
 from PIL import Image
 
-from pipelines.places import SIDE
+from pipelines.places import SIDE, check_split
 from pipelines.scenes.captions import caption, speaks
-from pipelines.scenes.things import read_things
+from pipelines.scenes.things import NAMED_IN, read_things
 from pipelines.scenes.world import draw, scene
 
 from . import nouns
-from .emoji import glyph, in_language, installed
+from .emoji import Emoji, glyph, in_language, installed
 from .write import check_new, write_pictures
-
-LANGUAGES = ("en", "fr")
 
 
 def build_scenes(
@@ -31,7 +29,7 @@ def build_scenes(
     seed: int = 0,
     split: str = "seen",
     size: int = SIDE,
-    languages: Sequence[str] = LANGUAGES,
+    languages: Sequence[str] = NAMED_IN,
 ) -> Path:
     """Draws the first `count` scenes of a split, the six skills in turn. languages: of the captions.
 
@@ -39,6 +37,7 @@ def build_scenes(
     pictures.
     """
     check_new(out, count, seed, size)
+    check_split(split)
     for language in languages:
         speaks(language)
     write_things(out)
@@ -65,13 +64,13 @@ def write_things(out: Path) -> Path:
     chosen = {emoji.key: emoji for emoji in emojis if emoji.key in nouns.GENDERS}
     french = in_language([*chosen.values()], "fr")
 
-    def line(emoji: Any) -> tuple[Image.Image, dict[str, Any]]:
+    def line(emoji: Emoji) -> tuple[Image.Image, dict[str, Any]]:
         called = nouns.english(emoji.name), nouns.french(french[emoji].name, nouns.GENDERS[emoji.key])
         return glyph(emoji.text, font), {
             "file_name": emoji.file_name,
             "text": [one for one, _ in called],
             "name": emoji.name,
-            "nouns": dict(zip(LANGUAGES, called, strict=True)),
+            "nouns": dict(zip(NAMED_IN, called, strict=True)),
         }
 
     return write_pictures(out / "glyphs", (line(chosen[key]) for key in nouns.GENDERS))
