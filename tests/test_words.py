@@ -87,6 +87,8 @@ def test_a_word_is_found_wherever_it_stands(text):
     words = words_of(text.read("Red fish, red boat"), text.window)
     assert words.numbers("RED") == [0, 3]
     assert words.numbers(PADDING) == [len(words.names) - 1]
+    accented = words_of(text.read("a cafe\u0301, a caf\u00e9"), text.window)  # the first é is e and a mark
+    assert accented.numbers("Caf\u00e9") == accented.numbers("cafe\u0301") == [1, 4]
 
 
 def test_a_word_that_is_not_there(text):
