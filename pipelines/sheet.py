@@ -1,5 +1,6 @@
 """Contact sheets: many pictures in one, labelled."""
 
+import unicodedata
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
@@ -106,9 +107,11 @@ def printable(text: str) -> str:
 
 
 def _break_lines(text: str, width: float, font: Any) -> list[str]:
-    """Words of `text` in lines at most `width` pixels wide; longer words are broken."""
+    """Words of `text` in lines at most `width` pixels wide; longer words are broken. Letters lose their marks, because
+    Pillow's own font has none that bear one."""
+    letters = unicodedata.normalize("NFKD", printable(text))
     lines = [""]
-    for word in printable(text).split():
+    for word in "".join(letter for letter in letters if not unicodedata.combining(letter)).split():
         if lines[-1] and font.getlength(f"{lines[-1]} {word}") <= width:
             lines[-1] += f" {word}"
             continue
