@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import GazeError
-from .words import END, PADDING, START, Words
+from .words import END, PADDING, START, Words, plain
 
 
 class Pair(NamedTuple):
@@ -51,9 +51,9 @@ def align(source: Words, target: Words) -> Alignment:
         [i for i, name in enumerate(words.names) if name not in (START, END, PADDING)] for words in (source, target)
     ]
     here, there = numbers
-    pairs = [*_pairs([source.names[i].lower() for i in here], [target.names[i].lower() for i in there])]
+    pairs = [*_pairs([plain(source.names[i]) for i in here], [plain(target.names[i]) for i in there])]
     said = [Pair(tuple(source.names[here[i]] for i in a), tuple(target.names[there[j]] for j in b)) for a, b in pairs]
-    if not any(source.names[here[i]].lower() == target.names[there[j]].lower() for a, b in pairs for i in a for j in b):
+    if not any(plain(source.names[here[i]]) == plain(target.names[there[j]]) for a, b in pairs for i in a for j in b):
         raise GazeError(f"the prompts have no word in common: {', '.join(map(str, said)) or 'they have no words'}",
                         "prompts that differ in some words only")  # fmt: skip
     given_SS = torch.zeros(len(source.of_S), len(target.of_S))

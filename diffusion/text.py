@@ -23,9 +23,11 @@ EMBEDDING, ATTENTION = WEIGHTINGS = ("embedding", "attention")  # what the weigh
 MOST_CHUNKS = 16
 # Letters, digits and the marks that stand on letters in many scripts; with an apostrophe or hyphen inside one word.
 LETTER = r"[\w\u0300-\u036f\u0483-\u0489\u0591-\u05c7\u0610-\u065f\u0900-\u0963\u0966-\u109f\u1780-\u17d3]"
-# Else a character, with what belongs to it: an emoji's joined parts and skin tone, the two letters of a flag.
+# Else a character, with what belongs to it: an emoji's joined parts and skin tone, the two letters of a flag. Python
+# takes the separators \x1c to \x1f for white space, but the tokenizer has tokens for them.
 WORD = re.compile(
-    rf"{LETTER}+(?:['’-]{LETTER}+)*|[\U0001f1e6-\U0001f1ff]{{2}}|\S(?:[\ufe0e\ufe0f\u20e3\U0001f3fb-\U0001f3ff]|\u200d\S)*"
+    rf"{LETTER}+(?:['’-]{LETTER}+)*|[\U0001f1e6-\U0001f1ff]{{2}}|"
+    r"[\S\x1c-\x1f](?:[\ufe0e\ufe0f\u20e3\U0001f3fb-\U0001f3ff]|\u200d\S)*"
 )
 LONGEST = 8  # characters of a token, on average: where a prompt has more than so many chunks hold, it is not looked at
 

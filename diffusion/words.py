@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +12,11 @@ from .errors import GazeError, nearest
 from .text import EMPTY, Reading
 
 START, END, PADDING = "<start>", "<end>", "<padding>"
+
+
+def plain(name: str) -> str:
+    """A name as names are compared: as the tokenizer reads it, in lower case and with marks joined to their letters."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 class Words(NamedTuple):
@@ -22,7 +28,7 @@ class Words(NamedTuple):
 
     def numbers(self, word: str) -> list[int]:
         """The numbers of a word, wherever it stands; case does not matter. Raises GazeError when it stands nowhere."""
-        found = [number for number, name in enumerate(self.names) if name.lower() == word.lower()]
+        found = [number for number, name in enumerate(self.names) if plain(name) == plain(word)]
         if not found:
             said = [name for name in self.names if name not in (START, END, PADDING)]
             has = f"whose words are {', '.join(map(repr, dict.fromkeys(said)))}" if said else "which has no words"

@@ -56,8 +56,9 @@ def attend(
         from .sheet import printable
 
     wanted = {"seed": random.SystemRandom().randrange(2**32), **settings}
+    chosen = None if words is None else [word.strip() for word in words.split(",")]
     with progress() as advance:
-        report = write_attention(Path(out), wanted, asked, None if words is None else words.split(","), advance)
+        report = write_attention(Path(out), wanted, asked, chosen, advance)
     if as_json:
         print(json.dumps(report))
         return

@@ -74,6 +74,8 @@ def edit(
     for name, share in shares.items():
         if not 0 <= number(name, share) <= 1:
             raise GazeError(f"{name} is {share}", "a share of the steps, from 0 to 1")
+    if not isinstance(weights, Mapping | None) or not all(isinstance(word, str) for word in weights or ()):
+        raise GazeError(f"weights is {weights!r}", 'words and their numbers, such as {"hat": 2}')
     crossing = sites(pipe.model.unet, cross=True)
     if not crossing:
         raise GazeError("an edit needs attention to the text, which this model does not have", "another model")

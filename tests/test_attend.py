@@ -78,7 +78,7 @@ def test_the_arrays_say_what_they_are(gaze, model, pipe):
 
 
 def test_words_can_be_chosen(gaze, model):
-    gaze("attend", "red cat, red dog", "--model", model, *OPTIONS, "--words", "dog,RED,<end>", "-o", "out")
+    gaze("attend", "red cat, red dog", "--model", model, *OPTIONS, "--words", "dog, RED,<end>", "-o", "out")
     assert sorted(path.name for path in Path("out").glob("word-*")) == [
         "word-1-red.png", "word-4-red.png", "word-5-dog.png", "word-7-end.png",
     ]  # fmt: skip

@@ -169,6 +169,8 @@ def test_it_goes_with_other_options(pipe, options):
         (("cat", "cat " * WINDOW), {}, "the source takes 1 windows of the text encoder, the target 2"),
         (("a cat", "a dog"), {"weights": {"cat": 2}}, "'cat' is not a word of this prompt, whose words are 'a', 'dog'"),
         (("a cat", "a dog"), {"weights": {"dog": math.nan}}, "the weight of 'dog' is nan"),
+        (("a cat", "a dog"), {"weights": ["dog"]}, "weights is ['dog']"),
+        (("a cat", "a dog"), {"weights": {1: 2}}, "weights is {1: 2}"),
         (("a cat", "a dog"), {"cross_steps": 1.5}, "cross_steps is 1.5"),
         (("a cat", "a dog"), {"self_steps": -0.1}, "self_steps is -0.1"),
         (("a cat", "a dog"), {"num_images": 2}, "num_images is 2"),

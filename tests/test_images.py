@@ -182,6 +182,15 @@ def test_a_long_label_takes_room_in_its_own_row_only() -> None:
     assert heights[2] - heights[0] == 3 * (heights[1] - heights[0]) > 0
 
 
+def test_letters_with_marks_are_drawn_without_them() -> None:
+    """Pillow's own font would show a box."""
+    image = Image.new("RGB", (64, 8))
+    marked, plain = (
+        grid([image], 1, [label]) for label in ("un café très sucré, ô Dvořák", "un cafe tres sucre, o Dvorak")
+    )
+    assert marked.tobytes() == plain.tobytes()
+
+
 def test_grid_of_nothing_is_an_error() -> None:
     picture = Image.new("RGB", (8, 8))
     for arguments in (([], 2), ([picture], 0), ([picture], 1, ["a", "b"])):

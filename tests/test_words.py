@@ -43,6 +43,15 @@ def test_marks_and_joined_parts_belong_to_their_word(text, word):
     assert text.read(f"a {word} {word}, {word}").words == ("a", word, word, ",", word)
 
 
+def test_every_character_with_a_token_has_a_word(text):
+    """What is white space to the one and not to the other would be a token of no word."""
+    spaces = [chr(code) for code in range(0x110000) if chr(code).isspace()]
+    for prompt in (*spaces, *(f"red BREAK {space}" for space in spaces)):
+        reading = text.read(prompt)
+        numbers = [number for chunk in reading.chunks for number in chunk.words]
+        assert set(numbers) == set(range(len(reading.words))), repr(prompt)
+
+
 PARTS = ["red", "Heart", "(big:1.5)", "[old]", "BREAK", "don't", ",", "漢字", "🧑‍🚀", "<end>", "\n"]
 prompts = st.text(max_size=80) | st.lists(st.sampled_from(PARTS), max_size=40).map(" ".join)
 
@@ -78,6 +87,8 @@ def test_a_word_is_found_wherever_it_stands(text):
     words = words_of(text.read("Red fish, red boat"), text.window)
     assert words.numbers("RED") == [0, 3]
     assert words.numbers(PADDING) == [len(words.names) - 1]
+    accented = words_of(text.read("a cafe\u0301, a caf\u00e9"), text.window)  # the first é is e and a mark
+    assert accented.numbers("Caf\u00e9") == accented.numbers("cafe\u0301") == [1, 4]
 
 
 def test_a_word_that_is_not_there(text):
