@@ -5,6 +5,7 @@ Shapes: B pictures, N true pictures, P pooled values of a picture.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -30,7 +31,7 @@ Z_95 = 1.959963984540054
 
 
 class Truth(NamedTuple):
-    """A true picture: what it is called, its pixels, and those mean-pooled."""
+    """A true picture: what it is called, a hash of its pixels, and these mean-pooled."""
 
     name: str
     pixels: bytes
@@ -68,20 +69,14 @@ def evaluate_retrieval(
     Returns score, low, high (a Wilson 95 % interval), n, right, split, right_under_another_name, settings and misses
     (prompt and the name of the nearest picture). Raises GazeError.
     """
-    if split not in FOLDERS:
-        raise GazeError(f"unknown split {split!r}", nearest(split, FOLDERS))
-    folders = {key: read_truths(Path(data) / folder) for key, folder in FOLDERS.items()}
-    truths = [truth for folder in folders.values() for truth in folder]
-    asked = _choose(folders[split], split, n, seed)
-    true_NP = torch.stack([truth.pooled_P for truth in truths])
-
+    truths, asked = choose_truths(data, split, n, seed)
+    nearest_to = nearest_of(truths)
     found: list[Truth] = []
     settings: dict[str, Any] = {}
     prompts = [escape(truth.name) for truth in asked]
     for result in in_batches(pipe, prompts, seed, steps, guidance_scale, batch, progress):
         settings = in_common(result)
-        made_BP = torch.stack([pool(image) for image in result.images])
-        found += [truths[i] for i in torch.cdist(made_BP, true_NP).argmin(dim=1).tolist()]
+        found += nearest_to(result.images)
 
     twins = sum(a.name != f.name and a.pixels == f.pixels for a, f in zip(asked, found, strict=True))
     misses = [{"prompt": a.name, "nearest": f.name} for a, f in zip(asked, found, strict=True) if a.pixels != f.pixels]
@@ -98,6 +93,25 @@ def evaluate_retrieval(
         "settings": {"seed": seed, "true_pictures": len(truths), **settings},
         "misses": misses,
     }
+
+
+def choose_truths(data: str | Path, split: str, n: int | None, seed: int) -> tuple[list[Truth], list[Truth]]:
+    """The true pictures of both splits, and those of one that are asked for; arguments and errors as above."""
+    if split not in FOLDERS:
+        raise GazeError(f"unknown split {split!r}", nearest(split, FOLDERS))
+    folders = {key: read_truths(Path(data) / folder) for key, folder in FOLDERS.items()}
+    return [truth for folder in folders.values() for truth in folder], _choose(folders[split], split, n, seed)
+
+
+def nearest_of(truths: Sequence[Truth]) -> Callable[[Sequence[Image.Image]], list[Truth]]:
+    """Pictures -> the true picture nearest to each."""
+    true_NP = torch.stack([truth.pooled_P for truth in truths])
+
+    def nearest_to(images: Sequence[Image.Image]) -> list[Truth]:
+        made_BP = torch.stack([pool(image) for image in images])
+        return [truths[i] for i in torch.cdist(made_BP, true_NP).argmin(dim=1).tolist()]
+
+    return nearest_to
 
 
 def in_batches(
@@ -156,7 +170,7 @@ def read_truths(folder: Path) -> list[Truth]:
 
 
 def _identity(picture: Image.Image) -> bytes:
-    return f"{picture.size}".encode() + picture.tobytes()
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).digest()
 
 
 def _choose(truths: list[Truth], split: str, n: int | None, seed: int) -> list[Truth]:

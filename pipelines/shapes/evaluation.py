@@ -23,11 +23,11 @@ EXAM = -1  # the seed of its scenes, which no training data has
 WORST, COLUMNS = 40, 8  # pictures of a sheet
 
 
-def exam(split: str = "heldout", n: int = 300) -> list[Scene]:
+def exam(split: str = "heldout", n: int = 300, seed: int = EXAM) -> list[Scene]:
     """The scenes whose captions are asked for, always the same, the skills in turn. GazeError: n < 6, no such split."""
     if n < len(SKILLS):
         raise GazeError(f"{n} prompts are too few for {len(SKILLS)} skills", "-n 300, which is 50 of each")
-    return [scene(EXAM, index, split) for index in range(n)]
+    return [scene(seed, index, split) for index in range(n)]
 
 
 def score(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, Any]:

@@ -1,0 +1,134 @@
+"""validation.judges: what each of them asks a model to draw, and how it marks the pictures.
+
+A judge that is to be used here has a line in EXAMS.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from PIL import Image
+
+from diffusion.errors import GazeError, nearest
+from diffusion.pretrained import Model
+from diffusion.prompts import escape
+from pipelines.evaluation import FOLDERS, choose_truths, nearest_of
+from pipelines.shapes.captions import caption, vocabulary
+from pipelines.shapes.evaluation import EXAM, exam
+from pipelines.shapes.judge import check, see
+from pipelines.text_to_image import Request, TextToImage
+
+from .config import Judging, Recipe
+from .data.source import Source
+
+SCENES = EXAM - 1  # the seed of those asked for here, so that `gaze evaluate shapes` is an exam that chose nothing
+LOOKED_AT = 1_000  # captions, evenly over the data
+LEAST = 0.1  # of them must be of a judge's world
+
+
+class Exam(NamedTuple):
+    """What a judge asks for. skills: what each of the prompts is a test of, "" where there are no kinds of them.
+
+    mark: the number of a prompt and its picture -> 0, wrong, to 1.
+    """
+
+    prompts: Sequence[str]
+    skills: Sequence[str]
+    mark: Callable[[int, Image.Image], float]
+
+
+class Judge(NamedTuple):
+    """skills: as in Exam. marks: the numbers of prompts, consecutive -> the marks of the pictures that the model draws
+    of them now."""
+
+    skills: Sequence[str]
+    marks: Callable[[Sequence[int]], list[float]]
+
+
+def open_judges(recipe: Recipe, source: Source, model: Model) -> dict[str, Judge]:
+    """Those of recipe.validation.judges, by name. Raises GazeError where one does not fit the data, or for settings
+    that it or the model does not take."""
+    asked = recipe.validation.judging
+    judges = {name: _judge(EXAMS[name](recipe, source), asked, model) for name in recipe.validation.judges}
+    figures = [figure for name, judge in judges.items() for figure in counts(name, judge.skills)]
+    if judges and asked.best is not None and asked.best not in figures:
+        raise GazeError(f"validation.judging.best: there is no figure {asked.best!r}", nearest(asked.best, figures))
+    return judges
+
+
+def _judge(exam: Exam, asked: Judging, model: Model) -> Judge:
+    pipe = TextToImage(model)
+    options = {"num_inference_steps": asked.num_inference_steps, "guidance_scale": asked.guidance_scale}
+    last = len(exam.prompts) - 1
+    # A bad value would else end the run at the first look.
+    pipe.plan(Request(exam.prompts[last], seed=asked.seed + last, **options))  # type: ignore[arg-type]
+
+    def marks(numbers: Sequence[int]) -> list[float]:
+        drawn = pipe([exam.prompts[number] for number in numbers], seed=asked.seed + numbers[0], **options)
+        return [exam.mark(number, image) for number, image in zip(numbers, drawn.images, strict=True)]
+
+    return Judge(exam.skills, marks)
+
+
+def counts(name: str, skills: Sequence[str]) -> dict[str, int]:
+    """The figures of a judge of this name, and of how many pictures each is: its score, and one for each skill."""
+    return {name: len(skills), **{f"{name}/{skill}": number for skill, number in Counter(skills).items() if skill}}
+
+
+def scores(name: str, skills: Sequence[str], marks: Sequence[float]) -> dict[str, float]:
+    """The figures of a judge: the mean of each skill's pictures, and as its score the mean of those."""
+    means = {one: fmean(mark for mark, skill in zip(marks, skills, strict=True) if skill == one)
+             for one in dict.fromkeys(skills)}  # fmt: skip
+    return {name: fmean(means.values()), **{f"{name}/{skill}": mean for skill, mean in means.items() if skill}}
+
+
+# The judges
+
+
+def shapes(recipe: Recipe, source: Source) -> Exam:
+    """Scenes of the shapes world; a picture that breaks no fact of its caption is right. See docs/shapes.md."""
+    words, asked = vocabulary(), recipe.validation.judging
+    places = range(0, len(source), -(-len(source) // LOOKED_AT))
+    captions = [caption for place in places for caption in source[place].captions]
+    others = [caption for caption in captions if not words.issuperset(caption.split())]
+    if len(captions) - len(others) < LEAST * len(captions):
+        raise GazeError(
+            f"validation.judges: shapes asks for scenes of plain shapes, and {len(others)} of {len(captions)} captions "
+            f"of the data that were looked at have other words, as {others[0]!r:.80}",
+            "data of `python -m train data shapes`; or retrieval, for a folder of `python -m train data emoji`",
+        )
+    try:
+        scenes = exam(asked.split, asked.prompts, SCENES)
+    except GazeError as error:
+        raise GazeError(f"validation.judging.prompts: {error.problem}", "120, which is 20 of each") from None
+
+    def mark(number: int, image: Image.Image) -> float:
+        return float(not check(scenes[number].facts, see(image)))
+
+    skills = [scene.facts["skill"].replace(" ", "_") for scene in scenes]
+    return Exam([caption(scene) for scene in scenes], skills, mark)
+
+
+def retrieval(recipe: Recipe, source: Source) -> Exam:
+    """Names of pictures; right is what is nearest to the true one, see `pipelines.evaluation.evaluate_retrieval`."""
+    asked, folder = recipe.validation.judging, (recipe.data.folder or recipe.out).resolve()
+    heldout = folder.with_name(FOLDERS["heldout"])
+    if recipe.data.folder is None or folder.name != FOLDERS["seen"] or not heldout.is_dir():
+        raise GazeError(
+            f"validation.judges: retrieval needs the true pictures of a folder with {' and '.join(FOLDERS.values())}, "
+            f"of which data.folder is the former; here it is {recipe.data.folder}",
+            "data.folder=FOLDER/train, of `python -m train data emoji FOLDER`",
+        )
+    truths, chosen = choose_truths(folder.parent, asked.split, asked.prompts, asked.seed)
+    nearest_to = nearest_of(truths)
+
+    def mark(number: int, image: Image.Image) -> float:
+        return float(nearest_to([image])[0].pixels == chosen[number].pixels)
+
+    return Exam([escape(truth.name) for truth in chosen], [""] * len(chosen), mark)
+
+
+EXAMS: Mapping[str, Callable[[Recipe, Source], Exam]] = {"shapes": shapes, "retrieval": retrieval}
