@@ -20,9 +20,10 @@ from pipelines.evaluation import wilson
 
 from .config import Recipe
 from .ema import EMA
-from .judges import counts, scores
+from .judges import Figure, scores
 from .metrics import Metrics
 from .processes import Processes
+from .sharding import gathered
 from .validation import Watched, averaged, shared
 
 FOLDER, FILE = "best", "score.json"
@@ -45,7 +46,7 @@ def judge(
     A batch has the same pictures however many processes share them, so the figures are a function of the weights.
     """
     asked = recipe.validation.judging
-    figures: dict[str, float] = {}
+    figures: dict[str, Figure] = {}
     with averaged(phase, ema, processes):
         for name, each in phase.judges.items():
             numbers = range(len(each.skills))
@@ -56,16 +57,15 @@ def judge(
         if stopping():
             return False
         if figures:
-            metrics.log(seen, **figures)
-        by = asked.best or recipe.validation.judges[0]
-        if by in figures and processes.first:
-            name = by.partition("/")[0]
-            n = counts(name, phase.judges[name].skills)[by]
-            low, high = wilson(figures[by] * n, n)
-            settings = asked.model_dump(mode="json", exclude={"every", "best"})
-            found = {"score": figures[by], "low": low, "high": high, "n": n, "by": by, "pictures": seen,
-                     "figures": figures, "settings": settings, "identity": identity}  # fmt: skip
-            keep(recipe.out / FOLDER, phase.export, found)
+            metrics.log(seen, **{name: figure.score for name, figure in figures.items()})
+        with gathered(phase.module):  # again: FSDP2 has taken apart what has drawn
+            if (by := asked.best or recipe.validation.judges[0]) in figures and processes.first:
+                low, high = wilson(figures[by].score * figures[by].n, figures[by].n)
+                others = {name: figure.score for name, figure in figures.items()}
+                settings = asked.model_dump(mode="json", exclude={"every", "best"})
+                found = {"by": by, **figures[by]._asdict(), "low": low, "high": high, "pictures": seen,
+                         "figures": others, "settings": settings, "identity": identity}  # fmt: skip
+                keep(recipe.out / FOLDER, phase.export, found)
     return True
 
 

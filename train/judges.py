@@ -5,7 +5,6 @@ A judge that is to be used here has a line in EXAMS.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
@@ -48,12 +47,21 @@ class Judge(NamedTuple):
     marks: Callable[[Sequence[int]], list[float]]
 
 
+class Figure(NamedTuple):
+    """n: pictures that it is of."""
+
+    score: float
+    n: int
+
+
 def open_judges(recipe: Recipe, source: Source, model: Model) -> dict[str, Judge]:
     """Those of recipe.validation.judges, by name. Raises GazeError where one does not fit the data, or for settings
     that it or the model does not take."""
     asked = recipe.validation.judging
     judges = {name: _judge(EXAMS[name](recipe, source), asked, model) for name in recipe.validation.judges}
-    figures = [figure for name, judge in judges.items() for figure in counts(name, judge.skills)]
+    figures = [
+        figure for name, judge in judges.items() for figure in scores(name, judge.skills, [0] * len(judge.skills))
+    ]
     if judges and asked.best is not None and asked.best not in figures:
         raise GazeError(f"validation.judging.best: there is no figure {asked.best!r}", nearest(asked.best, figures))
     return judges
@@ -73,16 +81,14 @@ def _judge(exam: Exam, asked: Judging, model: Model) -> Judge:
     return Judge(exam.skills, marks)
 
 
-def counts(name: str, skills: Sequence[str]) -> dict[str, int]:
-    """The figures of a judge of this name, and of how many pictures each is: its score, and one for each skill."""
-    return {name: len(skills), **{f"{name}/{skill}": number for skill, number in Counter(skills).items() if skill}}
-
-
-def scores(name: str, skills: Sequence[str], marks: Sequence[float]) -> dict[str, float]:
-    """The figures of a judge: the mean of each skill's pictures, and as its score the mean of those."""
-    means = {one: fmean(mark for mark, skill in zip(marks, skills, strict=True) if skill == one)
-             for one in dict.fromkeys(skills)}  # fmt: skip
-    return {name: fmean(means.values()), **{f"{name}/{skill}": mean for skill, mean in means.items() if skill}}
+def scores(name: str, skills: Sequence[str], marks: Sequence[float]) -> dict[str, Figure]:
+    """The figures of a judge of this name, by name: the mean of each skill's marks, and as its score that of these."""
+    of_skill: dict[str, list[float]] = {skill: [] for skill in skills}
+    for skill, mark in zip(skills, marks, strict=True):
+        of_skill[skill].append(mark)
+    means = {skill: Figure(fmean(own), len(own)) for skill, own in of_skill.items()}
+    whole = Figure(fmean(mean.score for mean in means.values()), len(marks))
+    return {name: whole, **{f"{name}/{skill}": mean for skill, mean in means.items() if skill}}
 
 
 # The judges
