@@ -77,7 +77,7 @@ def keep(folder: Path, export: Callable[[Path], None], found: dict[str, Any]) ->
     if comparable and before["score"] > found["score"]:
         return
     try:
-        with replacing(folder) as aside:
+        with replacing(folder, (FILE,), "a model that a run kept") as aside:
             export(aside)
             write_json(aside / FILE, found)
     except OSError as error:

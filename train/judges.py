@@ -71,8 +71,10 @@ def _judge(exam: Exam, asked: Judging, model: Model) -> Judge:
     pipe = TextToImage(model)
     options = {"num_inference_steps": asked.num_inference_steps, "guidance_scale": asked.guidance_scale}
     last = len(exam.prompts) - 1
-    # A bad value would else end the run at the first look.
-    pipe.plan(Request(exam.prompts[last], seed=asked.seed + last, **options))  # type: ignore[arg-type]
+    try:  # a bad value would else end the run at the first look
+        pipe.plan(Request(exam.prompts[last], seed=asked.seed + last, **options))  # type: ignore[arg-type]
+    except GazeError as error:
+        raise GazeError(f"validation.judging: {error.problem}", error.hint) from None
 
     def marks(numbers: Sequence[int]) -> list[float]:
         drawn = pipe([exam.prompts[number] for number in numbers], seed=asked.seed + numbers[0], **options)
