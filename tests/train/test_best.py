@@ -16,6 +16,7 @@ from tests.train.test_validation import Together
 from tests.train.tiny import newest_files, rows, run_here, tiny_recipe
 from train import loop
 from train.best import FILE, FOLDER, check_kept, judge, keep, recover
+from train.config import Validation
 from train.ema import EMA
 from train.judges import Judge
 from train.loop import Stopped
@@ -23,7 +24,7 @@ from train.metrics import Metrics
 from train.processes import Processes
 from train.run import export
 
-JUDGED = {"every": 8, "judges": ["shapes"], "judging": {"prompts": 6, "batch": 4, "num_inference_steps": 1}}
+JUDGED = {"judges": ["shapes"], "judging": {"every": 8, "prompts": 6, "batch": 4, "num_inference_steps": 1}}
 
 
 class Small:
@@ -50,7 +51,7 @@ class Small:
 @pytest.fixture
 def recipe(tmp_path):
     return lambda **judging: tiny_recipe(
-        tmp_path, tmp_path, tmp_path, validation={**JUDGED, "judging": {"batch": 4, **judging}}
+        tmp_path, tmp_path, tmp_path, validation={**JUDGED, "judging": {"every": 8, "batch": 4, **judging}}
     )
 
 
@@ -79,7 +80,7 @@ def test_the_figures_are_of_the_averaged_weights_and_nothing_else_is_touched(rec
     assert rows(recipe().out)[0] == pytest.approx(expected)
     assert torch.equal(torch.get_rng_state(), state)
     assert phase.module.training
-    assert float(phase.module[0].weight) == 0b10101
+    assert phase.module[0].weight.item() == 0b10101
     found = kept(recipe().out)
     assert (found["by"], found["score"], found["n"], found["pictures"]) == ("shapes", pytest.approx(0.675), 9, 16)
     assert (found["low"], found["high"]) == pytest.approx(wilson(0.675 * 9, 9))
@@ -216,6 +217,16 @@ def test_what_no_run_wrote_is_not_overwritten(tmp_path):
 
 
 # Runs
+
+
+def test_how_often_a_run_looks_at_itself():
+    def looks(**judging):
+        return Validation(every=8, prompts=["a"], judges=["shapes"], judging=judging).looks
+
+    assert looks() == {"validation": 8, "judges": 8}
+    assert looks(every=24) == {"validation": 8, "judges": 24}
+    assert Validation(judges=["shapes"], judging={"every": 24}).looks == {"validation": 0, "judges": 24}
+    assert Validation(every=8, judging={"every": 24}).looks == {"validation": 8, "judges": 0}
 
 
 @pytest.fixture(scope="module")

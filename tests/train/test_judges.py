@@ -70,7 +70,7 @@ def test_the_exam_of_gaze_evaluate_is_not_what_the_best_is_chosen_by():
         assert not {each.name for each in exam(split, 6)} & {each.name for each in exam(split, 6, judges.SCENES)}
 
 
-def test_pictures_have_seeds_of_their_own_and_the_settings_asked_for(opened):
+def test_each_picture_has_its_seed_and_the_settings(opened):
     judge, pipe = opened("shapes", {}, prompts=12, seed=5, num_inference_steps=3, guidance_scale=1.5)
     assert judge.marks(range(4, 7)) == [0, 0, 0]
     prompts = [caption(each) for each in exam("heldout", 12, judges.SCENES)][4:7]
