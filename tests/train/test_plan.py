@@ -16,7 +16,7 @@ from train import plan as planning
 from train.config import Recipe
 from train.devices import DEVICES, device_here, find_device, mfu
 from train.optimizer import make_optimizer, parameter_groups
-from train.plan import compare, plan, state_bytes, step_seconds, table, utilization
+from train.plan import compare, drawn, plan, state_bytes, step_seconds, table, utilization
 from train.processes import Processes
 from train.rehearsal import Rehearsal, rehearse
 from train.workload import Cost, Tally, count, make_workload
@@ -181,22 +181,21 @@ def test_stable_diffusion_takes_what_is_published(diffusion):
 def test_what_judges_have_drawn_is_told_beside_the_time(diffusion):
     judging = {"prompts": 6, "num_inference_steps": 3, "guidance_scale": 1}
 
-    def told(**changes):
-        validation = {"every": 60, "judges": ["shapes"], "judging": judging | changes}
-        return plan(diffusion(validation=validation), "h100")
+    def recipe(**changes):
+        return diffusion(validation={"every": 60, "judges": ["shapes"], "judging": judging | changes})
 
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         make_workload(diffusion(), CPU).forward(BATCH)
-    share = counter.get_total_flops() / count(diffusion(), BATCH).flops
-    assert 0.3 < share < 0.4
-    found = told()
-    assert found["judges"] == pytest.approx(6 * 2 / 80 * 3 * share), "after 60 pictures and at the end, 80"
-    assert told(every=20, guidance_scale=2)["judges"] == pytest.approx(4 * found["judges"])
-    assert told(guidance_scale=None, num_inference_steps=None)["judges"] == pytest.approx(100 / 3 * found["judges"])
+    cost, forward = count(diffusion(), BATCH), counter.get_total_flops()
+    once = drawn(recipe(), cost)
+    assert once == pytest.approx(6 * 2 / 80 * 3 * forward), "after 60 pictures and at the end, 80"
+    assert drawn(recipe(every=20, guidance_scale=2), cost) == pytest.approx(4 * once)
+    assert drawn(recipe(guidance_scale=None, num_inference_steps=None), cost) == pytest.approx(100 / 3 * once)
+    assert drawn(diffusion(), cost) == 0
+    found = plan(recipe(), "h100")
+    assert found["judges"] == pytest.approx(once / cost.model_flops)
     assert "judges      0.15 times the arithmetic of training" in table(found)
-    off = plan(diffusion(), "h100")
-    assert off["judges"] == 0
-    assert "judges" not in table(off)
+    assert "judges" not in table(found | {"judges": 0.0})
 
 
 def test_a_steps_time_is_its_arithmetic_unless_kernels_or_gradients_are_slower(diffusion):
