@@ -58,10 +58,10 @@ def open_judges(recipe: Recipe, source: Source, model: Model) -> dict[str, Judge
     """Those of recipe.validation.judges, by name. Raises GazeError where one does not fit the data, or for settings
     that it or the model does not take."""
     asked = recipe.validation.judging
-    judges = {name: _judge(EXAMS[name](recipe, source), asked, model) for name in recipe.validation.judges}
-    figures = [
-        figure for name, judge in judges.items() for figure in scores(name, judge.skills, [0] * len(judge.skills))
-    ]
+    judges: dict[str, Judge] = {
+        name: _judge(EXAMS[name](recipe, source), asked, model) for name in recipe.validation.judges
+    }
+    figures = [name for judge, own in judges.items() for name in scores(judge, own.skills, [0] * len(own.skills))]
     if judges and asked.best is not None and asked.best not in figures:
         raise GazeError(f"validation.judging.best: there is no figure {asked.best!r}", nearest(asked.best, figures))
     return judges
