@@ -42,8 +42,8 @@ def differs(where: object, found: Any, right: Any) -> list[str]:
 
 def full_recipe(folder: Path, pictures_in: Path | None, vae: Path | None, /, **changes: Any) -> Recipe:
     """A run (see `tiny_recipe`) with everything on that has a state or draws: micro-batches, averages of both kinds,
-    dropped captions, crops, mirroring, held-out losses, grids and, in the diffusion phase, judges. Every step ends with a
-    checkpoint and a row."""
+    dropped captions, crops, mirroring, held-out losses, grids and, in the diffusion phase, judges. Every step ends with
+    a checkpoint and a row."""
     judging = {"every": 16, "prompts": 6, "batch": 4, "num_inference_steps": 1}
     draws = changes.get("phase", "diffusion" if vae else "autoencoder") == "diffusion"
     values: dict[str, Any] = {
