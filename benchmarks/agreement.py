@@ -24,9 +24,10 @@ from diffusion.attention_sites import sites
 from diffusion.denoiser import Denoiser
 from diffusion.samplers import Denoise
 from pipelines import TextToImage
+from pipelines.places import RELATIONS
 from pipelines.shapes.captions import SYNONYMS, Word, caption, words
 from pipelines.shapes.judge import Seen, see
-from pipelines.shapes.world import COLOURS, RELATIONS, SHAPES, SIZES, Scene, scene
+from pipelines.shapes.world import COLOURS, SHAPES, SIZES, Scene, scene
 from pipelines.text_to_image import Request, Result
 
 CALIBRATION, MEASURED = -2, -3  # seeds of scenes, which neither training nor `gaze evaluate shapes` has

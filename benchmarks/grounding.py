@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.agreement import CALIBRATION, MEASURED, alike, measure, observed, shown, table
 from pipelines import TextToImage
+from pipelines.places import SPLITS
 from pipelines.shapes.evaluation import evaluate_shapes
-from pipelines.shapes.world import SPLITS
 from train.data.drawn import build_shapes
 
 BATCH = 32

@@ -8,11 +8,11 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -68,6 +68,19 @@ def replacing_file(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def write_flushed(path: Path, parts: Iterable[bytes]) -> None:
+    """A file of these parts, in the place of another or whole or not at all, on the disk when this returns."""
+    with replacing_file(path) as aside, aside.open("wb") as file:
+        file.writelines(parts)
+        flush(file)
+
+
+def flush(file: BinaryIO) -> None:
+    """What was written into a file is on the disk when this returns."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sha256_of(path: Path) -> str:

@@ -57,6 +57,18 @@ def escape(text: str) -> str:
     return re.sub(r"[()\[\]\\]", r"\\\g<0>", text)
 
 
+def closed(prompt: str) -> str:
+    """The prompt with every bracket closed, which changes nothing that it means: what is written behind it is outside
+    of them."""
+    pieces = _PIECES.findall(prompt)
+    _, waiting = _factors(pieces)
+    if pieces and pieces[-1] == "\\":  # it stands for itself, but not before a bracket
+        pieces.append("\\")
+    # Said with its weight, because a number at the prompt's end would become one before a bracket alone.
+    ends = [f":{STRONGER})" if pieces[number] == "(" else "]" for number in reversed(waiting)]
+    return "".join([*pieces, *ends])
+
+
 def parse(prompt: str) -> list[Chunk]:
     """The chunks of a prompt, at least one: its text parted at BREAK, and the weight of each part of it.
 
@@ -64,7 +76,7 @@ def parse(prompt: str) -> list[Chunk]:
     the length.
     """
     pieces = _PIECES.findall(prompt)
-    factors = _factors(pieces)
+    factors, _ = _factors(pieces)
     chunks: list[Chunk] = []
     text: list[str] = []
     spans: list[Span] = []
@@ -90,9 +102,9 @@ def parse(prompt: str) -> list[Chunk]:
     return chunks
 
 
-def _factors(pieces: list[str]) -> dict[int, float | None]:
+def _factors(pieces: list[str]) -> tuple[dict[int, float | None], list[int]]:
     """By its place among the pieces: what each opening bracket multiplies the weight by, and None for each closing
-    one. A closing one that nothing opened is not among them."""
+    one. A closing one that nothing opened is not among them. And the places of those that nothing closes."""
     factors: dict[int, float | None] = {}
     waiting: list[int] = []  # opened and not yet closed
     for number, piece in enumerate(pieces):
@@ -105,4 +117,4 @@ def _factors(pieces: list[str]) -> dict[int, float | None]:
             factors[number] = None
             if kind == ":":
                 factors[opened] = min(max(float(piece[1:-1]), LOWEST), HIGHEST)
-    return factors
+    return factors, waiting

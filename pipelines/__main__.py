@@ -17,17 +17,15 @@ from pipelines import __version__
 from .attend import attend
 from .commands import generate, grid, info
 from .edit_command import edit
+from .evaluate_commands import evaluate
 from .options import (
-    Cfg,
     Debug,
     Json,
     ModelFolder,
     PredictionType,
     Size,
-    Steps,
     TokenizerFolder,
     dtype_of,
-    progress,
     size_of,
 )
 
@@ -41,7 +39,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-evaluate = typer.Typer(help="Score a model.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(evaluate, name="evaluate")
 
 
@@ -84,90 +81,6 @@ def schedulers(as_json: Json = False, debug: Debug = False) -> None:
             f"{row['name']:<32}{row['order']:<7}{row['calls']:<8}{'yes' if row['stochastic'] else 'no':<7}"
             f"{', '.join(row['prediction_types']):<55}{row['class']}{needs}"
         )
-
-
-@evaluate.command()
-def retrieval(
-    model: ModelFolder = None,
-    data: Annotated[
-        str, typer.Option(metavar="FOLDER", help="Has train/ and heldout/, pictures named.")
-    ] = "data/emoji",
-    split: Annotated[str, typer.Option(metavar="NAME", help="seen or heldout.")] = "heldout",
-    n: Annotated[
-        int | None, typer.Option("-n", min=1, metavar="N", help="Prompts. [default: 200 seen, every held-out one]")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Picture i has seed + i.")] = 0,
-    steps: Steps = None,
-    cfg: Cfg = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 32,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """How often is the true picture nearest to the prompt's the right one? Score with a 95 % interval."""
-    from pipelines import TextToImage
-    from pipelines.evaluation import evaluate_retrieval
-
-    with progress() as advance:
-        report = evaluate_retrieval(
-            TextToImage.from_pretrained(model),
-            data,
-            split,
-            n,
-            seed,
-            steps,
-            guidance_scale=cfg,
-            batch=batch_size,
-            progress=lambda done, total: advance(done / total),
-        )
-    if as_json:
-        print(json.dumps(report))
-        return
-    settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
-    print(
-        f"{report['split']}: {report['score']:.1%} top-1 (95 % interval {report['low']:.1%} to {report['high']:.1%}), "
-        f"{report['right']} of {report['n']}\n{settings}"
-    )
-
-
-@evaluate.command()
-def shapes(
-    model: ModelFolder = None,
-    split: Annotated[str, typer.Option(metavar="NAME", help="seen or heldout combinations.")] = "heldout",
-    n: Annotated[int, typer.Option("-n", metavar="N", help="Prompts, six skills in turn.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Picture i has seed + i.")] = 0,
-    steps: Steps = None,
-    cfg: Cfg = None,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures made at once.")] = 32,
-    sheet: Annotated[
-        str | None, typer.Option(metavar="FILE", help="A PNG of the pictures that break most facts.")
-    ] = None,
-    as_json: Json = False,
-    debug: Debug = False,
-) -> None:
-    """How often does a picture of plain shapes show exactly what the caption says? Scores with 95 % intervals, for
-    each of six skills and their mean."""
-    from .files import check_writable, png_path
-
-    path = None if sheet is None else png_path(sheet)
-    if path is not None:
-        check_writable(path.parent)
-    from pipelines import TextToImage
-    from pipelines.shapes.evaluation import evaluate_shapes, save_worst, table
-
-    with progress() as advance:
-        report, pictures = evaluate_shapes(
-            TextToImage.from_pretrained(model),
-            split,
-            n,
-            seed,
-            steps,
-            guidance_scale=cfg,
-            batch=batch_size,
-            progress=lambda done, total: advance(done / total),
-        )
-    if path is not None:
-        save_worst(report, pictures, path)
-    print(json.dumps(report) if as_json else table(report))
 
 
 @app.command(short_help="Measure speed against diffusers.")

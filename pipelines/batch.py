@@ -1,7 +1,7 @@
 """Settings -> pictures on disk: what `gaze generate` and `gaze grid` have in common.
 
 A picture's settings are those inside its PNG: the names of `Request`'s fields, one prompt and seed, and the names of
-`OF_MODEL`, which say what draws it.
+`OF_MODEL`, which say what draws it, and EXPANDED.
 """
 
 from __future__ import annotations
@@ -9,13 +9,11 @@ from __future__ import annotations
 import functools
 import io
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from PIL import Image
 
 from diffusion.errors import GazeError
@@ -24,13 +22,13 @@ from .files import check_writable, png_path
 from .options import dtype_of
 from .parameters import write_parameters
 from .png import save_png
-from .processes import Processes
-from .recall import DIGESTS, OF_MODEL, SHIPPED
+from .processes import Processes, own_device
+from .recall import DIGESTS, EXPANDED, OF_MODEL, SHIPPED
 from .sheet import grid, printable
 from .sources import digests, sha256
 from .text_to_image import Preview, Request, TextToImage
 
-OF_PICTURE = ("prompt", "negative_prompt", "seed")  # settings that differ within a batch
+OF_PICTURE = ("prompt", "negative_prompt", "seed", EXPANDED)  # settings that differ within a batch
 OFFLOAD = "offload"  # the one setting that says nothing about the picture
 AT_ONCE = 8  # pictures in a batch on a GPU
 
@@ -67,20 +65,32 @@ def make(
     because their settings differ. Returns all pictures in their order, or None to all processes but the first.
     Raises GazeError for settings that cannot be met.
     """
-    part = processes.part(len(pictures))
     mine: list[Picture] = []
+    drawn = draw_part(processes, pictures, batch_size, advance, show, names)
+    for index, picture in zip(processes.part(len(pictures)), drawn, strict=True):
+        if paths is not None:
+            save_png(picture.image, paths[index], picture.settings, write_parameters(picture.settings))
+            picture = replace(picture, path=paths[index])
+        mine.append(picture if keep else replace(picture, image=None))
+    return processes.collect(len(pictures), mine, _packed, _unpacked)
+
+
+def draw_part(
+    processes: Processes,
+    pictures: Sequence[dict[str, Any]],
+    batch_size: int = AT_ONCE,
+    advance: Callable[[float, str], None] = lambda fraction, doing: None,
+    show: Callable[[Preview], None] | None = None,
+    names: Sequence[str] | None = None,
+) -> Iterator[Picture]:
+    """Opens the model and draws this process's part of the pictures; arguments and errors are those of `make`."""
+    part = processes.part(len(pictures))
     if part:
         pipe = open_model(pictures[0])
         for name, settings in zip(names or (), pictures, strict=False):
             _check(pipe, name, settings)
         pipe.plan(Request(**request(pictures[-1])))  # whose seed may be too large, where the first one's is not
-        drawn = draw(pipe, [pictures[index] for index in part], batch_size, advance, show)
-        for index, picture in zip(part, drawn, strict=True):
-            if paths is not None:
-                save_png(picture.image, paths[index], picture.settings, write_parameters(picture.settings))
-                picture = replace(picture, path=paths[index])
-            mine.append(picture if keep else replace(picture, image=None))
-    return processes.collect(len(pictures), mine, _packed, _unpacked)
+        yield from draw(pipe, [pictures[index] for index in part], batch_size, advance, show)
 
 
 def open_model(settings: dict[str, Any]) -> TextToImage:
@@ -91,8 +101,7 @@ def open_model(settings: dict[str, Any]) -> TextToImage:
     pipe.tile_vae(tile)
     for lora in settings.get("lora", []):
         pipe.load_lora(lora["path"], lora["weight"])
-    if torch.cuda.is_available():
-        pipe.to(f"cuda:{os.environ.get('LOCAL_RANK', 0)}")
+    pipe.to(own_device())
     return pipe.offload() if settings.get(OFFLOAD) else pipe
 
 
@@ -130,7 +139,7 @@ def draw(
         seconds = round((time.perf_counter() - begin) / len(batch), 3)
         for image, settings, asked in zip(result.images, result.settings, batch, strict=True):
             noted = {DIGESTS: found} if (found := digests(settings, digest)) else {}
-            yield Picture(image, {**settings, "model": SHIPPED, **_of_model(asked), **noted}, seconds)
+            yield Picture(image, {**settings, "model": SHIPPED, **_beside(asked), **noted}, seconds)
         done += len(batch)
 
 
@@ -154,11 +163,12 @@ def previewer(path: str | None, every: int) -> Callable[[Preview], None] | None:
 
 def request(settings: dict[str, Any]) -> dict[str, Any]:
     """The settings that belong to a `Request`."""
-    return {name: value for name, value in settings.items() if name not in (*OF_MODEL, OFFLOAD)}
+    return {name: value for name, value in settings.items() if name not in (*OF_MODEL, OFFLOAD, EXPANDED)}
 
 
-def _of_model(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if name in OF_MODEL}
+def _beside(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that a picture's request does not know, and its PNG does."""
+    return {name: value for name, value in settings.items() if name in (*OF_MODEL, EXPANDED)}
 
 
 def _common(settings: dict[str, Any]) -> dict[str, Any]:
@@ -187,16 +197,24 @@ def _request(batch: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return first
 
 
-def _packed(picture: Picture) -> bytes:
+def packed(row: dict[str, Any], image: Image.Image | None) -> bytes:
     """A line of JSON, then the pixels as PNG."""
     pixels = io.BytesIO()
-    if picture.image is not None:
-        picture.image.save(pixels, "PNG")
-    return json.dumps(picture.row()).encode() + b"\n" + pixels.getvalue()
+    if image is not None:
+        image.save(pixels, "PNG")
+    return json.dumps(row).encode() + b"\n" + pixels.getvalue()
+
+
+def unpacked(data: bytes) -> tuple[dict[str, Any], Image.Image | None]:
+    """What `packed` was given."""
+    line, _, pixels = data.partition(b"\n")
+    return json.loads(line), Image.open(io.BytesIO(pixels), formats=["PNG"]) if pixels else None
+
+
+def _packed(picture: Picture) -> bytes:
+    return packed(picture.row(), picture.image)
 
 
 def _unpacked(data: bytes) -> Picture:
-    line, _, pixels = data.partition(b"\n")
-    row = json.loads(line)
-    image = Image.open(io.BytesIO(pixels), formats=["PNG"]) if pixels else None
+    row, image = unpacked(data)
     return Picture(image, path=row.pop("path"), seconds=row.pop("seconds"), settings=row)

@@ -14,6 +14,9 @@ from diffusion.errors import GazeError
 from .options import (
     BatchSize,
     Debug,
+    Expand,
+    ExpandTemperature,
+    ExpandTokens,
     Json,
     PictureOptions,
     PreviewEvery,
@@ -48,6 +51,9 @@ def generate(
         int, typer.Option("-n", "--num-images", min=1, max=100_000, metavar="N", help="Pictures of each prompt.")
     ] = 1,
     options: PictureOptions,
+    expand: Expand = None,
+    expand_tokens: ExpandTokens = 40,
+    expand_temperature: ExpandTemperature = 1.0,
     sheet: Annotated[str | None, typer.Option(metavar="FILE", help="All pictures, labelled, in one PNG.")] = None,
     columns: Annotated[int, typer.Option(min=1, metavar="N", help="Columns of the sheet.")] = 8,
     batch_size: BatchSize = 8,
@@ -69,23 +75,25 @@ def generate(
     first = settings.get("seed", random.SystemRandom().randrange(2**32))
     out_sheet = None if sheet is None else png_path(sheet)
 
-    def plan() -> tuple[int, list[str] | None]:
+    def plan() -> tuple[list[dict[str, Any]], list[str] | None]:
+        wanted = [{**settings, "prompt": text, "seed": first + index} for index, text in enumerate(texts)]
+        paths: list[Path] = []
         if out_sheet is not None:
             check_writable(out_sheet.parent)
-            if out is None:  # a sheet alone is enough; single files are written beside it when -o says where
-                return first, None
-        paths = plan_paths(out, texts, range(first, first + len(texts)))
+        if out_sheet is None or out is not None:  # a sheet alone is enough
+            paths = plan_paths(out, texts, range(first, first + len(texts)))
         if out_sheet in paths:
             raise GazeError(f"{str(out_sheet)!r} is to be a picture and the sheet", "another name for one of them")
-        return first, [str(path) for path in paths]
+        if expand is not None:
+            wanted = expanded(expand, wanted, expand_tokens, expand_temperature)
+        return wanted, [str(path) for path in paths] or None
 
     with processes() as group:
-        first, paths = group.agree(plan)
+        wanted, paths = group.agree(plan)
         with no_collection():
             from .batch import make, previewer
             from .sheet import grid, scale_of
 
-        wanted = [{**settings, "prompt": text, "seed": first + index} for index, text in enumerate(texts)]
         with progress(group.rank == 0) as advance:
             show = previewer(preview, preview_every) if group.rank == 0 else None
             pictures = make(group, wanted, paths, out_sheet is not None, batch_size, advance, show)
@@ -108,6 +116,9 @@ def grid(
     z: Annotated[str | None, typer.Option("--z", metavar="NAME=V,V", help="What varies from block to block.")] = None,
     out: Annotated[str, typer.Option("-o", "--output", metavar="FILE", help="The sheet, a PNG.")] = "grid.png",
     options: PictureOptions,
+    expand: Expand = None,
+    expand_tokens: ExpandTokens = 40,
+    expand_temperature: ExpandTemperature = 1.0,
     batch_size: BatchSize = 8,
     preview: PreviewFile = None,
     preview_every: PreviewEvery = 1,
@@ -132,7 +143,8 @@ def grid(
 
     def plan() -> list[dict[str, Any]]:
         check_writable(sheet.parent)
-        return cells({"seed": random.SystemRandom().randrange(2**32), **settings}, list(axes.values()))
+        made = cells({"seed": random.SystemRandom().randrange(2**32), **settings}, list(axes.values()))
+        return made if expand is None else expanded(expand, made, expand_tokens, expand_temperature)
 
     with processes() as group:
         wanted = group.agree(plan)
@@ -153,15 +165,28 @@ def grid(
     show_report(pictures, sheet, as_json, grid=varied)
 
 
+def expanded(model: str, pictures: list[dict[str, Any]], tokens: int, temperature: float) -> list[dict[str, Any]]:
+    """See `expand_each`, which imports much."""
+    with no_collection():
+        from .expand import expand_each
+    return expand_each(model, pictures, tokens, temperature)
+
+
 def show_report(pictures: "Sequence[Picture]", sheet: Path | None, as_json: bool, **more: Any) -> None:
     """Prints what was drawn and where it is."""
     if as_json:
         rows = [picture.row() for picture in pictures]
         print(json.dumps({"pictures": rows, "sheet": None if sheet is None else str(sheet), **more}))
         return
+    from .recall import EXPANDED
+
+    shown = None
     for picture in pictures:
         if picture.path is not None:
             print(f"{picture.path}  seed {picture.settings['seed']}  {picture.seconds:.2f} s")
+        if EXPANDED in picture.settings and picture.settings["prompt"] != shown:
+            shown = picture.settings["prompt"]
+            print(f"  {shown if shown.isprintable() else json.dumps(shown)}")
     if sheet is not None:
         seeds = [picture.settings["seed"] for picture in pictures]
         seconds = sum(picture.seconds for picture in pictures)

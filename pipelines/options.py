@@ -67,6 +67,15 @@ PreviewFile = Annotated[
 PreviewEvery = Annotated[
     int, typer.Option("--preview-every", min=1, metavar="N", help="Steps from one preview to the next.")
 ]
+Expand = Annotated[
+    str | None,
+    typer.Option("--expand", metavar="MODEL", help="Folder or hub id of a language model that adds to each prompt."),
+]
+ExpandTokens = Annotated[int, typer.Option("--expand-tokens", min=1, metavar="N", help="At most so many tokens.")]
+ExpandTemperature = Annotated[
+    float,
+    typer.Option("--expand-temperature", min=0, metavar="X", help="0 adds the same likeliest words for every seed."),
+]
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,7 @@ class PictureOptions:
 
     def settings(self) -> dict[str, Any]:
         """The settings asked for, as a PNG has them: those of the picture to be like, and those given."""
-        settings = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "like"}
+        settings = {field.name: getattr(self, field.name) for field in fields(PictureOptions) if field.name != "like"}
         settings["width"], settings["height"] = size_of(settings.pop("size"))
         settings["guidance_interval"] = interval_of(self.guidance_interval)
         settings["excite"] = self.excite or None
@@ -147,15 +156,18 @@ class PictureOptions:
 
 
 def with_picture_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command as typer sees it: in place of its argument `options`, one option for each field of PictureOptions."""
-    shared = inspect.signature(PictureOptions).parameters
+    """A command as typer sees it: in place of its argument `options`, one option for each field of that argument's
+    class, PictureOptions or one that adds keyword-only fields to it. Those come first."""
+    kind = inspect.signature(command).parameters["options"].annotation
+    shared = inspect.signature(kind).parameters
+    added_first = sorted(shared.values(), key=lambda parameter: parameter.kind != inspect.Parameter.KEYWORD_ONLY)
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
-        parameters += shared.values() if parameter.name == "options" else [parameter]
+        parameters += added_first if parameter.name == "options" else [parameter]
 
     @functools.wraps(command)
     def run(**values: Any) -> None:
-        options = PictureOptions(**{name: values.pop(name) for name in shared})
+        options = kind(**{name: values.pop(name) for name in shared})
         command(options=options, **values)
 
     keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in parameters]

@@ -46,14 +46,31 @@ class Processes:
         return range(total * rank // self.count, total * (rank + 1) // self.count)
 
     def collect(
-        self, total: int, mine: Sequence[T], pack: Callable[[T], bytes], unpack: Callable[[bytes], T]
+        self,
+        total: int,
+        mine: Sequence[T],
+        pack: Callable[[T], bytes],
+        unpack: Callable[[bytes], T],
+        name: str = "picture",
     ) -> list[T] | None:
-        """All processes' things in their order to the first process; None to the others."""
+        """All processes' things in their order to the first process; None to the others. name: theirs, once only."""
         if self.rank > 0:
-            for index, thing in zip(self.part(total), mine, strict=True):
-                self._send(str(index), pack(thing))
+            self._send_all(total, mine, pack, name)
             return None
-        return [*mine, *(unpack(self._receive(str(index))) for index in range(len(mine), total))]
+        return [*mine, *(unpack(self._receive(f"{name}/{index}")) for index in range(len(mine), total))]
+
+    def share(
+        self, total: int, mine: Sequence[T], pack: Callable[[T], bytes], unpack: Callable[[bytes], T], name: str
+    ) -> list[T]:
+        """As `collect`, but to all processes."""
+        if self.count > 1:
+            self._send_all(total, mine, pack, name)
+        own = dict(zip(self.part(total), mine, strict=True))
+        return [own[index] if index in own else unpack(self._receive(f"{name}/{index}")) for index in range(total)]
+
+    def _send_all(self, total: int, mine: Sequence[T], pack: Callable[[T], bytes], name: str) -> None:
+        for index, thing in zip(self.part(total), mine, strict=True):
+            self._send(f"{name}/{index}", pack(thing))
 
     def _send(self, key: str, value: bytes) -> None:
         pieces = range(0, len(value), PIECE)
@@ -70,10 +87,17 @@ class Processes:
         return b"".join(self.store.get(f"{key}/{number}") for number in range(int(self.store.get(key))))
 
 
+def own_device() -> Any:
+    """torch's device of this process: its GPU if there is one, else the CPU."""
+    import torch
+
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+
+
 @contextlib.contextmanager
-def processes() -> Iterator[Processes]:
-    """The processes of this command; one that leaves by an error takes the others with it."""
-    start_the_others("pipelines", sys.argv[1:])
+def processes(module: str = "pipelines") -> Iterator[Processes]:
+    """The processes of this command, `python -m module`; one that leaves by an error takes the others with it."""
+    start_the_others(module, sys.argv[1:])
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes()

@@ -44,6 +44,7 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 }
 OF_MODEL = ("model", "tokenizer", "prediction_type", "dtype", "tile")  # these say what draws, and belong together
 DIGESTS = "sha256"  # of the files that the settings name
+EXPANDED = "expanded"  # what the prompt was before a language model added to it, and which one did
 SHIPPED = "default"  # the name inside a PNG of the model that comes with the package
 
 
@@ -73,6 +74,7 @@ def recall(path: str, given: dict[str, Any]) -> dict[str, Any]:
     if not TYPES.keys() & settings.keys():
         raise GazeError(f"the settings inside {path} are not of a picture", A_PICTURE_OF_OURS)
     noted = settings.pop(DIGESTS, {})
+    settings.pop(EXPANDED, None)  # the prompt holds what was added
     unknown = [*unknown, *(name for name in settings if name not in TYPES)]
     if unknown:
         print(f"warning: {path} also says, and this does not repeat: {'; '.join(unknown)[:500]}", file=sys.stderr)

@@ -25,7 +25,7 @@ def test_wilson_interval_is_the_published_one(right, n, low, high):
 def test_wilson_interval_is_symmetric_and_stays_inside():
     assert [1 - end for end in reversed(wilson(2, 7))] == pytest.approx(wilson(5, 7))
     assert wilson(0, 7)[0] == pytest.approx(0.0, abs=1e-12)
-    assert wilson(0, 7)[0] >= 0.0
+    assert wilson(0, 12)[0] == 0.0
     assert wilson(7, 7)[1] == pytest.approx(1.0, abs=1e-12)
     assert wilson(7, 7)[1] <= 1.0
 
@@ -140,3 +140,24 @@ def test_a_broken_line_is_named(data, line):
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(GazeError, match=r"heldout/metadata\.jsonl, line 6"):
         evaluate_retrieval(FakePipe(data), data)
+
+
+def test_finished_pictures_are_judged_by_their_prompts(gaze, data):
+    """Each of the five is right, when it is asked for by its name, and another where names are exchanged."""
+    finished = data / "finished"
+    finished.mkdir()
+    for number in range(5):
+        (finished / f"{number}.png").write_bytes((data / "heldout" / f"{number}.png").read_bytes())
+        (finished / f"{number}.txt").write_text(f"heldout {number if number < 3 else 7 - number}")
+    options = ["evaluate", "retrieval", "--data", data, "--pictures", finished]
+    code, out, err = gaze(*options, "--json", "--page", "worst.html")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (report["right"], report["n"], report["score"]) == (3, 5, 0.6)
+    assert report["misses"] == [{"prompt": f"heldout {n}", "nearest": f"heldout {7 - n}"} for n in (4, 3)]
+    assert report["settings"] == {"true_pictures": 17, "pictures": str(finished)}
+    assert (data / "worst.html").read_text().count("<figure>") == 5
+    assert "3 of 5" in gaze(*options)[1]
+    code, out, err = gaze(*options, "--split", "seen")
+    assert (code, out) == (1, "")
+    assert "'heldout 0', which is no name that is asked for" in err

@@ -97,6 +97,7 @@ HELP = "import sys; from pipelines.__main__ import main; sys.argv = ['gaze', {ar
         HELP.format(args="'generate', '--help'"),
         HELP.format(args="'attend', '--help'"),
         HELP.format(args="'convert', '--help'"),
+        HELP.format(args="'evaluate', 'clip', '--help'"),
         HELP.format(args="'inspect', '--help'"),
         HELP.format(args="'--version'"),
     ],

@@ -10,8 +10,9 @@ from PIL import Image
 from diffusion.errors import GazeError
 from pipelines.evaluation import wilson
 from pipelines.shapes.captions import caption
-from pipelines.shapes.evaluation import EXAM, evaluate_shapes, exam, score, table
+from pipelines.shapes.evaluation import evaluate_shapes, exam, score
 from pipelines.shapes.world import SKILLS, draw
+from pipelines.skills import EXAM, table
 from tests.small_pipeline import small_pipeline
 
 N = 30
@@ -123,6 +124,40 @@ def test_the_command_scores_any_model(gaze, model, tmp_path):
     assert (code, err) == (0, "")
     assert "colour binding" in out
     assert "num_inference_steps 1" in out
+
+
+def test_finished_pictures_are_judged_by_their_prompts(gaze, tmp_path):
+    (tmp_path / "made").mkdir()
+    lines = []
+    for number, each in enumerate(reversed(exam("seen", 12))):
+        draw(each if number else replace(each, objects=each.objects[:0]), 96).save(tmp_path / "made" / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": caption(each)}) + "\n")
+    (tmp_path / "made" / "metadata.jsonl").write_text("".join(lines))
+    options = ["evaluate", "shapes", "--pictures", "made", "--split", "seen"]
+    code, out, err = gaze(*options, "--json", "--sheet", "worst.png", "--page", "worst.html")
+    report = json.loads(out)
+    assert (code, err) == (0, "")
+    assert (report["n"], report["right"], report["settings"]) == (12, 11, {"pictures": "made"})
+    assert [miss["broken"] for miss in report["misses"]] == [["count"]]
+    page = (tmp_path / "worst.html").read_text()
+    assert page.index(report["misses"][0]["prompt"]) < page.index(caption(exam("seen", 12)[0]))
+    for changes, says in (
+        (["--split", "heldout"], "is none of the exam's 300"),
+        (["-n", 6], "is none of the exam's 6"),
+        (["--model", "model"], "model would say how to draw"),
+    ):
+        code, out, err = gaze(*options, *changes)
+        assert (code, out) == (1, "")
+        assert says in err
+    (tmp_path / "made" / "metadata.jsonl").write_text("".join(lines[:5]))
+    assert "there is no picture of the skill" in gaze(*options)[2]
+
+
+def test_a_caption_says_the_same_facts_wherever_it_occurs():
+    facts = {}
+    for split in ("seen", "heldout"):
+        for each in exam(split, 240):
+            assert facts.setdefault(caption(each), each.facts) == each.facts
 
 
 def test_the_command_names_what_is_wrong(gaze, model):

@@ -9,8 +9,10 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from benchmarks.judge import blurred, breaks, compressed, kinds, noisy
-from pipelines.shapes.judge import UNKNOWN, check, connected, see
-from pipelines.shapes.world import COLOURS, SHAPES, SPLITS, Object, Scene, draw, masks, scene
+from pipelines.places import SPLITS
+from pipelines.regions import connected
+from pipelines.shapes.judge import UNKNOWN, check, see
+from pipelines.shapes.world import COLOURS, SHAPES, Object, Scene, draw, masks, scene
 
 SCENES = [scene(7, index // 2, SPLITS[index % 2]) for index in range(96)]
 PICTURES = [draw(each) for each in SCENES]

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from diffusion.errors import GazeError
+from pipelines.places import GAP, MARGIN, SIDE, centre
 from pipelines.shapes.captions import SYNONYMS, caption, words
-from pipelines.shapes.world import COLOURS, GAP, MARGIN, SHAPES, SIDE, SIZES, SKILLS, coverage, draw, masks, scene
+from pipelines.shapes.world import COLOURS, SHAPES, SIZES, SKILLS, coverage, draw, masks, scene
 
 SEEN = [scene(0, index) for index in range(1200)]
 HELD_OUT = [scene(0, index, "heldout") for index in range(600)]
@@ -100,7 +101,7 @@ def test_the_facts_are_true_of_the_objects():
             stated = {key: value for key, value in thing.items() if key != "count"}
             assert stated == {key: getattr(found, key) for key in stated}
         if each.facts["relation"]:
-            (x, y), (u, v) = (found.centre for found in each.objects)
+            (x, y), (u, v) = (centre(found.box) for found in each.objects)
             across, down = directions[each.facts["relation"]]
             assert (x - u) * across + (y - v) * down >= abs((x - u) * down) + abs((y - v) * across) + 6
 

@@ -14,10 +14,11 @@ from PIL import Image
 from diffusion.errors import GazeError, nearest
 from diffusion.pretrained import Model
 from diffusion.prompts import escape
-from pipelines.evaluation import FOLDERS, choose_truths, nearest_of
+from pipelines.evaluation import ENGLISH, FOLDERS, ask
+from pipelines.judges.verdict import Verdict
 from pipelines.shapes.captions import caption, vocabulary
-from pipelines.shapes.evaluation import EXAM, exam
-from pipelines.shapes.judge import check, see
+from pipelines.shapes.evaluation import exam, judge_of
+from pipelines.skills import EXAM
 from pipelines.text_to_image import Request, TextToImage
 
 from .config import Judging, Recipe
@@ -31,12 +32,12 @@ LEAST = 0.1  # of them must be of a judge's world
 class Exam(NamedTuple):
     """What a judge asks for. skills: what each of the prompts is a test of, "" where there are no kinds of them.
 
-    mark: the number of a prompt and its picture -> 0, wrong, to 1.
+    judge: prompts and their pictures -> what is said of each.
     """
 
     prompts: Sequence[str]
     skills: Sequence[str]
-    mark: Callable[[int, Image.Image], float]
+    judge: Callable[[Sequence[str], Sequence[Image.Image]], list[Verdict]]
 
 
 class Judge(NamedTuple):
@@ -72,13 +73,14 @@ def _judge(exam: Exam, asked: Judging, model: Model) -> Judge:
     options = {"num_inference_steps": asked.num_inference_steps, "guidance_scale": asked.guidance_scale}
     last = len(exam.prompts) - 1
     try:  # a bad value would else end the run at the first look
-        pipe.plan(Request(exam.prompts[last], seed=asked.seed + last, **options))  # type: ignore[arg-type]
+        pipe.plan(Request(escape(exam.prompts[last]), seed=asked.seed + last, **options))  # type: ignore[arg-type]
     except GazeError as error:
         raise GazeError(f"validation.judging: {error.problem}", error.hint) from None
 
     def marks(numbers: Sequence[int]) -> list[float]:
-        drawn = pipe([exam.prompts[number] for number in numbers], seed=asked.seed + numbers[0], **options)
-        return [exam.mark(number, image) for number, image in zip(numbers, drawn.images, strict=True)]
+        prompts = [exam.prompts[number] for number in numbers]
+        drawn = pipe([escape(prompt) for prompt in prompts], seed=asked.seed + numbers[0], **options)
+        return [verdict.score for verdict in exam.judge(prompts, drawn.images)]
 
     return Judge(exam.skills, marks)
 
@@ -112,12 +114,8 @@ def shapes(recipe: Recipe, source: Source) -> Exam:
         scenes = exam(asked.split, asked.prompts, SCENES)
     except GazeError as error:
         raise GazeError(f"validation.judging.prompts: {error.problem}", "120, which is 20 of each") from None
-
-    def mark(number: int, image: Image.Image) -> float:
-        return float(not check(scenes[number].facts, see(image)))
-
     skills = [scene.facts["skill"].replace(" ", "_") for scene in scenes]
-    return Exam([caption(scene) for scene in scenes], skills, mark)
+    return Exam([caption(scene) for scene in scenes], skills, judge_of(scenes))
 
 
 def retrieval(recipe: Recipe, source: Source) -> Exam:
@@ -130,13 +128,8 @@ def retrieval(recipe: Recipe, source: Source) -> Exam:
             f"of which data.folder is the former; here it is {recipe.data.folder}",
             "data.folder=FOLDER/train, of `python -m train data emoji FOLDER`",
         )
-    truths, chosen = choose_truths(folder.parent, asked.split, asked.prompts, asked.seed)
-    nearest_to = nearest_of(truths)
-
-    def mark(number: int, image: Image.Image) -> float:
-        return float(nearest_to([image])[0].pixels == chosen[number].pixels)
-
-    return Exam([escape(truth.name) for truth in chosen], [""] * len(chosen), mark)
+    chosen = ask(folder.parent, asked.split, asked.prompts, asked.seed, ENGLISH)
+    return Exam(chosen.prompts, [""] * len(chosen.prompts), chosen.judge)
 
 
 EXAMS: Mapping[str, Callable[[Recipe, Source], Exam]] = {"shapes": shapes, "retrieval": retrieval}

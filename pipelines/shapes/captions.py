@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
@@ -65,7 +66,12 @@ def vocabulary() -> set[str]:
 
 
 def _say(random: Random, name: str) -> str:
-    first, *others = SYNONYMS.get(name, (name,))
+    return one_of(random, SYNONYMS.get(name, (name,)))
+
+
+def one_of(random: Random, ways: Sequence[str]) -> str:
+    """The first about every other time."""
+    first, *others = ways
     return random.choice(others) if others and random.random() < 0.5 else first
 
 

@@ -2,67 +2,56 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from PIL import Image
 
 from diffusion.errors import GazeError
 
-from ..evaluation import in_batches, in_common, wilson
-from ..png import save_png
-from ..sheet import grid, scale_of
+from ..judges.verdict import Judge, Verdict
+from ..skills import EXAM, Judged, draw_all, enough, judged_as, sum_up, verdict_of
 from .captions import caption
 from .judge import FACTS, check, see
-from .world import SIDE, SKILLS, WHITE, Scene, scene
-
-EXAM = -1  # the seed of its scenes, which no training data has
-WORST, COLUMNS = 40, 8  # pictures of a sheet
+from .world import SKILLS, Facts, Scene, scene
 
 
 def exam(split: str = "heldout", n: int = 300, seed: int = EXAM) -> list[Scene]:
     """The scenes whose captions are asked for, always the same, the skills in turn. GazeError: n < 6, no such split."""
-    if n < len(SKILLS):
-        raise GazeError(f"{n} prompts are too few for {len(SKILLS)} skills", "-n 300, which is 50 of each")
-    return [scene(seed, index, split) for index in range(n)]
+    return [scene(seed, index, split) for index in range(enough(n, SKILLS))]
+
+
+def judge_of(scenes: Sequence[Scene]) -> Judge:
+    """A judge of pictures of these scenes' captions; of another prompt it raises GazeError."""
+    facts = {caption(each): each.facts for each in scenes}
+
+    def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
+        for prompt in prompts:
+            if prompt not in facts:
+                raise GazeError(
+                    f"a picture has the prompt {prompt!r:.200}, which is none of the exam's {len(scenes)}",
+                    "the split that the pictures were made for, and -n where there are more of them",
+                )
+        return [verdict_of(_judged(facts[each], each, image)) for each, image in zip(prompts, images, strict=True)]
+
+    return judge
 
 
 def score(scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, Any]:
-    """Judges a picture of each scene's caption; right is one that breaks no fact.
-
-    Returns score (the mean of the skills' scores), low, high (the Wilson 95 % interval of such a share of n pictures),
-    n, right, skills (the same of each), broken (how many pictures break each fact) and misses (index, prompt, skill,
-    broken facts and what is seen). The interval is that of the mean where n divides by six, if anything too wide,
-    because the skills' shares are fixed; of other trainings of the same model it says nothing.
-    """
-    judged, misses = [], []
-    for index, (each, picture) in enumerate(zip(scenes, pictures, strict=True)):
-        seen = see(picture)
-        broken = check(each.facts, seen)
-        judged.append((each.facts["skill"], not broken))
-        if broken:
-            shown = [f"{found.size} {found.colour} {found.shape}" for found in seen]
-            misses.append(
-                {"index": index, "prompt": caption(each), "skill": judged[-1][0], "broken": broken, "seen": shown}
-            )
-    rights = {skill: [right for of, right in judged if of == skill] for skill in SKILLS}
-    skills = {skill: _share(fmean(right), len(right)) for skill, right in rights.items()}
-    counts = Counter(fact for miss in misses for fact in miss["broken"])
-    return {
-        **_share(fmean(skill["score"] for skill in skills.values()), len(judged)),
-        "right": len(judged) - len(misses),
-        "skills": skills,
-        "broken": {fact: counts[fact] for fact in FACTS},
-        "misses": misses,
-    }
+    """Judges a picture of each scene's caption; right is one that breaks no fact. Returns what `sum_up` does."""
+    pairs = zip(scenes, pictures, strict=True)
+    return sum_up([_judged(each.facts, caption(each), picture) for each, picture in pairs], SKILLS, FACTS)
 
 
-def _share(share: float, n: int) -> dict[str, Any]:
-    low, high = wilson(share * n, n)
-    return {"score": share, "low": low, "high": high, "n": n}
+def summary(judged: Sequence[tuple[str, Verdict]]) -> dict[str, Any]:
+    """What `score` returns, of prompt and verdict of each picture."""
+    return sum_up([judged_as(prompt, verdict) for prompt, verdict in judged], SKILLS, FACTS)
+
+
+def _judged(facts: Facts, prompt: str, picture: Image.Image) -> Judged:
+    seen = see(picture)
+    shown = [f"{found.size} {found.colour} {found.shape}" for found in seen]
+    return Judged(facts["skill"], prompt, check(facts, seen), shown)
 
 
 def evaluate_shapes(
@@ -82,30 +71,6 @@ def evaluate_shapes(
     Returns what `score` does, with split and settings, and the pictures. Raises GazeError.
     """
     scenes = exam(split, n)
-    pictures: list[Image.Image] = []
-    settings: dict[str, Any] = {}
     prompts = [caption(each) for each in scenes]
-    for result in in_batches(pipe, prompts, seed, steps, guidance_scale, batch, progress):
-        settings = in_common(result)
-        pictures += result.images
-    return {"split": split, **score(scenes, pictures), "settings": {"seed": seed, **settings}}, pictures
-
-
-def save_worst(report: dict[str, Any], pictures: Sequence[Image.Image], path: Path) -> None:
-    """A sheet of the pictures that break most facts, with their captions and those facts. Raises GazeError."""
-    worst = sorted(report["misses"], key=lambda miss: -len(miss["broken"]))[:WORST]
-    images = [pictures[miss["index"]] for miss in worst] or [Image.new("RGB", (SIDE, SIDE), WHITE)]
-    labels = [f"{miss['prompt']}: {', '.join(miss['broken'])}" for miss in worst] or ["no picture breaks a fact"]
-    save_png(grid(images, COLUMNS, labels, scale_of(images)), path, {"misses": worst})
-
-
-def table(report: dict[str, Any]) -> str:
-    """The report in a few lines of text."""
-    rows = [*report["skills"].items(), ("mean", report)]
-    lines = [f"{'skill':<16}{'score':>7}{'95 % interval':>19}{'n':>7}"]
-    for name, part in rows:
-        interval = f"{part['low']:.1%} to {part['high']:.1%}"
-        lines.append(f"{name:<16}{part['score']:>7.1%}{interval:>19}{part['n']:>7}")
-    broken = ", ".join(f"{fact} {count}" for fact, count in report["broken"].items() if count)
-    settings = ", ".join(f"{key} {value}" for key, value in report["settings"].items())
-    return "\n".join([*lines, "", f"{report['split']} combinations; pictures that break: {broken or 'none'}", settings])
+    pictures, settings = draw_all(pipe, prompts, seed, steps, guidance_scale, batch, progress)
+    return {"split": split, **score(scenes, pictures), "settings": settings}, pictures

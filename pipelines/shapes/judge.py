@@ -8,16 +8,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
 
 import numpy as np
 from PIL import Image
 
+from ..facts import broken_by
 from ..images import to_rgb
-from .world import COLOURS, SHAPES, SIDE, WHITE, Facts, Object, ahead, coverage
+from ..places import SIDE
+from ..regions import FLOOR, box_of, connected, regions
+from .world import COLOURS, SHAPES, WHITE, Facts, Object, coverage
 
-FLOOR = 40  # pixels: what is smaller is a speck, a third of the smallest object
-DIRT = 80  # pixels of specks that together count as one more object
 LEAST_OVERLAP = 0.6  # with the shape that fits best; below it is none of them
 UNKNOWN = "unknown"
 BETWEEN_SIZES = 21  # pixels of a side
@@ -45,14 +45,9 @@ def see(image: Image.Image) -> list[Seen]:
     holds most like it (intersection over union), UNKNOWN where none is or where the box is larger than any object's.
     """
     kinds_HW = _kinds(to_rgb(image))
-    wholes_HW, parts_HW = connected(kinds_HW > 0), connected(kinds_HW)
-    wholes = [wholes_HW == number for number in range(1, wholes_HW.max() + 1)]
-    found = [
-        mask_HW for whole_HW in wholes if whole_HW.sum() >= FLOOR for mask_HW in _of_one_colour(whole_HW, parts_HW)
-    ]
-    specks = [whole_HW for whole_HW in wholes if whole_HW.sum() < FLOOR]
-    dirt_HW = np.any(specks, axis=0) if specks else np.zeros_like(kinds_HW, dtype=bool)
-    found += [dirt_HW] if dirt_HW.sum() >= DIRT else []
+    parts_HW = connected(kinds_HW)
+    wholes, dirt = regions(kinds_HW > 0)
+    found = [mask_HW for whole_HW in wholes for mask_HW in _of_one_colour(whole_HW, parts_HW)] + dirt
     return [_object(mask_HW, kinds_HW) for mask_HW in sorted(found, key=lambda mask_HW: -mask_HW.sum())]
 
 
@@ -63,59 +58,9 @@ def _of_one_colour(whole_HW: np.ndarray, parts_HW: np.ndarray) -> list[np.ndarra
 
 
 def check(facts: Facts, seen: Sequence[Object]) -> list[str]:
-    """Which of FACTS the objects break; an empty list when all of them hold.
-
-    Each thing asked for is matched with the object most like it. "count": one too few, or one more that is just like
-    what was asked for. "nothing else": there is another object. "position": the first does not lie where the relation
-    says, further in its direction than to the side, nor does any object that is as like what was asked for.
-    """
-    asked = [thing for thing in facts["objects"] for _ in range(thing["count"])]
-    wrong = {(i, j): _differing(thing, each) for i, thing in enumerate(asked) for j, each in enumerate(seen)}
-    matched: dict[int, int] = {}
-    for i, j in sorted(wrong, key=lambda pair: sum(WEIGHT[key] for key in wrong[pair])):
-        if i not in matched and j not in matched.values():
-            matched[i] = j
-    broken = {key for pair in matched.items() for key in wrong[pair]}
-    if len(matched) < len(asked):
-        broken.add("count")
-    for j in set(range(len(seen))) - set(matched.values()):
-        broken.add("nothing else" if all(wrong[i, j] for i in range(len(asked))) else "count")
-    if facts["relation"] and len(matched) == 2:
-        alike = [[each for j, each in enumerate(seen) if wrong[i, j] == wrong[i, matched[i]]] for i in (0, 1)]
-        if all(ahead(facts["relation"], *pair) <= 0 for pair in product(*alike)):
-            broken.add("position")
+    """Which of FACTS the objects break, as `broken_by` tells; an empty list when all of them hold."""
+    broken = broken_by(facts, seen, WEIGHT)
     return [fact for fact in FACTS if fact in broken]
-
-
-def _differing(thing: Facts, each: Object) -> list[str]:
-    """What is stated of a thing and not true of an object."""
-    return [key for key in WEIGHT if key in thing and getattr(each, key) != thing[key]]
-
-
-def connected(kinds_HW: np.ndarray) -> np.ndarray:
-    """Numbers the parts of one kind that are connected by sides or corners, from 1 on; kind 0 is nothing, and stays 0.
-
-    Runs of a row are joined with those they touch in the next (Rosenfeld & Pfaltz 1966).
-    """
-    begins_HW = np.ones(kinds_HW.shape, dtype=bool)
-    begins_HW[:, 1:] = kinds_HW[:, 1:] != kinds_HW[:, :-1]
-    runs_HW = begins_HW.cumsum().reshape(kinds_HW.shape) - 1  # the number of each pixel's run within its row
-    parents = list(range(int(runs_HW[-1, -1]) + 1))
-
-    def root(run: int) -> int:
-        while parents[run] != run:
-            parents[run] = run = parents[parents[run]]
-        return run
-
-    whole, left, right = slice(None), slice(None, -1), slice(1, None)
-    for upper, lower in ((whole, whole), (left, right), (right, left)):
-        same = (kinds_HW[:-1, upper] == kinds_HW[1:, lower]) & (kinds_HW[:-1, upper] > 0)
-        for above, below in set(
-            zip(runs_HW[:-1, upper][same].tolist(), runs_HW[1:, lower][same].tolist(), strict=True)
-        ):
-            parents[root(below)] = root(above)
-    roots_HW = np.array([root(run) for run in range(len(parents))])[runs_HW]
-    return np.where(kinds_HW > 0, np.searchsorted(np.unique(roots_HW[kinds_HW > 0]), roots_HW) + 1, 0)
 
 
 def _kinds(image: Image.Image) -> np.ndarray:
@@ -132,8 +77,7 @@ def _kinds(image: Image.Image) -> np.ndarray:
 
 
 def _object(mask_HW: np.ndarray, kinds_HW: np.ndarray) -> Seen:
-    rows, columns = np.flatnonzero(mask_HW.any(1)), np.flatnonzero(mask_HW.any(0))
-    left, top, right, bottom = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    left, top, right, bottom = box_of(mask_HW)
     tops = {max(0, top - up) for up in TRIED}
     overlap, shape, top_of_fit = max(
         (_overlap(mask_HW[start:bottom, left:right], shape), shape, start) for shape in SHAPES for start in tops

@@ -8,7 +8,6 @@ Shapes of arrays: H, W height and width in pixels. Lengths are in pixels of a pi
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion.errors import GazeError, nearest
+from ..places import CLEAR, RELATIONS, SIDE, Box, ahead, apart, box_at_random, check_split, is_held_out
 
-SIDE = 64
-MARGIN, GAP = 2, 5  # the least there is between an object's box and the border, and between two boxes
-CLEAR = 6  # by so much an object above another is further up than it is to the side
 SAMPLES = 8  # of a pixel's side, for smooth edges
 
 WHITE = (255, 255, 255)
@@ -47,27 +43,17 @@ SHAPES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
 SIZES = {"small": range(15, 18), "large": range(25, 28)}  # sides of the box
 COUNTS = range(2, 5)
 MOST_LARGE = 2  # objects; with more of them all are small
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first is
 SKILLS = ("single object", "two objects", "counting", "colours", "position", "colour binding")
-SPLITS = ("seen", "heldout")
-ONE_IN = 7  # combinations are held out
 
 Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Object:
-    """box: left, top, right and bottom, the last two exclusive."""
-
     shape: str
     colour: str
     size: str
-    box: tuple[int, int, int, int]
-
-    @property
-    def centre(self) -> tuple[float, float]:
-        left, top, right, bottom = self.box
-        return (left + right) / 2, (top + bottom) / 2
+    box: Box
 
 
 @dataclass(frozen=True)
@@ -85,8 +71,7 @@ class Scene:
 
 def scene(seed: int, index: int, split: str = "seen") -> Scene:
     """Scene number `index`, of skill SKILLS[index % 6]. Raises GazeError: no such split."""
-    if split not in SPLITS:
-        raise GazeError(f"unknown split {split!r}", nearest(split, SPLITS))
+    check_split(split)
     name = f"{split}/{seed}/{index}"
     random = Random(f"scene/{name}")
     while True:
@@ -95,11 +80,6 @@ def scene(seed: int, index: int, split: str = "seen") -> Scene:
         wanted = combinations_of(facts["objects"]) if split == "heldout" else combinations_of(listed(objects))
         if any(map(is_held_out, wanted)) == (split == "heldout"):
             return Scene(name, facts, objects)
-
-
-def is_held_out(combination: str) -> bool:
-    """The held-out rule: one in seven by hash of "red circle", "circle and square" or "2 circle"."""
-    return int(hashlib.sha256(combination.encode()).hexdigest(), 16) % ONE_IN == 0
 
 
 def combinations_of(things: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -154,30 +134,12 @@ def _objects(random: Random, facts: Facts) -> tuple[Object, ...]:
         boxes = [box_at_random(random, side) for *_, side in kinds]
         objects = tuple(Object(*kind[:3], box) for kind, box in zip(kinds, boxes, strict=True))
         free = all(apart(*pair) for pair in combinations(boxes, 2))
-        if free and (facts["relation"] is None or ahead(facts["relation"], *objects) >= CLEAR):
+        if free and (facts["relation"] is None or ahead(facts["relation"], *boxes) >= CLEAR):
             return objects
-
-
-def ahead(relation: str, first: Object, second: Object) -> float:
-    """By how much the first object's centre lies further in the relation's direction than it lies to the side of it."""
-    (x, y), (other_x, other_y) = first.centre, second.centre
-    right, down = RELATIONS[relation]
-    along = (x - other_x) * right + (y - other_y) * down
-    aside = (x - other_x) * down + (y - other_y) * right
-    return along - abs(aside)
 
 
 def _coin(random: Random) -> bool:
     return random.random() < 0.5
-
-
-def box_at_random(random: Random, side: int) -> tuple[int, int, int, int]:
-    left, top = (random.randint(MARGIN, SIDE - MARGIN - side) for _ in range(2))
-    return left, top, left + side, top + side
-
-
-def apart(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    return any(a[end] + GAP <= b[start] for a, b in ((one, other), (other, one)) for start, end in ((0, 2), (1, 3)))
 
 
 def coverage(shape: str, box: Sequence[float], size: int = SIDE) -> np.ndarray:

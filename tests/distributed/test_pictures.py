@@ -116,3 +116,7 @@ def test_everything_comes_back_once_and_in_order(count, total):
     for process, part in [*zip(processes, parts, strict=True)][1:]:
         assert process.collect(total, part, bytes, bytes) is None
     assert processes[0].collect(total, parts[0], bytes, bytes) == things
+    for process, part in [*zip(processes, parts, strict=True)][1:]:
+        process._send_all(total, part, bytes, "shared")  # all before any waits: here they are one thread
+    assert processes[0].share(total, parts[0], bytes, bytes, "shared") == things
+    assert processes[-1].share(total, parts[-1], bytes, bytes, "shared") == things

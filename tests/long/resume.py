@@ -138,7 +138,7 @@ def places(data: Data) -> dict[str, tuple[str, int]]:
         "accumulation": ("train.loop:backward", 2 * 5 + 2),
         "the end of an epoch": ("train.loop:backward", 2 * epoch // recipe.batch_size + 1),
         "validation": ("train.validation:_packed", 1),
-        "judges": ("train.judges:see", 1),
+        "judges": ("pipelines.shapes.evaluation:see", 1),
     }
 
 

@@ -10,13 +10,14 @@ from diffusion.errors import GazeError
 from pipelines.evaluation import evaluate_retrieval
 from pipelines.shapes.captions import caption, vocabulary
 from pipelines.shapes.evaluation import exam, score
-from pipelines.shapes.world import SPLITS, draw, scene
+from pipelines.shapes.world import draw, scene
 from pipelines.text_to_image import DEFAULT_MODEL
 from tests.train.tiny import open_phase, tiny_recipe
 from train import judges
 from train.config import Judging, load_recipe
 from train.judges import open_judges, scores
 
+SPLITS = ("seen", "heldout")
 SHAPES = [SimpleNamespace(captions=("a red circle", "a large disc"))] * 3
 OTHERS = [SimpleNamespace(captions=("a dog on a beach",))] * 40
 BLANK = Image.new("RGB", (64, 64), "white")

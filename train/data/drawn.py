@@ -7,7 +7,6 @@ OUT/masks/00000.png ...  grey levels: 0 where nothing is, 1 on the first of "obj
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -16,9 +15,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion.errors import GazeError
+from pipelines.places import SIDE
 from pipelines.shapes.captions import caption, words
-from pipelines.shapes.world import SIDE, SKILLS, Scene, draw, masks, scene
+from pipelines.shapes.world import SKILLS, Scene, draw, masks, scene
+
+from .write import check_new, write_pictures
 
 
 def draw_folder(folder: Path, count: int, size: int, seed: int) -> Path:
@@ -32,32 +33,23 @@ def build_shapes(
 ) -> Path:
     """Draws the first `count` scenes of a split, the six skills in turn. Raises GazeError, also where `out` holds
     something, which would be lost or stay among the pictures."""
-    if count < 1 or size < 1:
-        raise GazeError(f"{count} pictures of {size} pixels cannot be drawn", "--count 10000 --size 64")
-    if seed < 0:
-        raise GazeError(f"the seed is {seed}; those below 0 are of the scenes that a model is scored on", "--seed 0")
-    if out.is_dir() and any(out.iterdir()):
-        raise GazeError(f"{out} holds something already", "another folder, or remove it first")
+    check_new(out, count, seed, size)
     return write_scenes(out, [scene(seed, index, split) for index in range(count)], size, with_masks)
 
 
 def write_scenes(folder: Path, scenes: Iterable[Scene], size: int, with_masks: bool = False) -> Path:
     """Draws scenes into a folder that the folder reader takes. Raises GazeError when it cannot be written."""
-    rows = []
-    try:
-        (folder / "masks" if with_masks else folder).mkdir(parents=True, exist_ok=True)
-        for index, each in enumerate(scenes):
-            name = f"{index:05d}.png"
-            draw(each, size).save(folder / name)
-            row = {"file_name": name, "text": caption(each), "facts": each.facts}
-            rows.append(json.dumps(row | (_write_masks(folder, name, each, size) if with_masks else {})) + "\n")
-        (folder / "metadata.jsonl").write_text("".join(rows), encoding="utf-8")
-    except OSError as error:
-        raise GazeError(f"cannot write the folder {folder}: {error}", "a folder you may write to") from error
-    return folder
+
+    def line(index: int, each: Scene) -> dict[str, Any]:
+        name = f"{index:05d}.png"
+        row = {"file_name": name, "text": caption(each), "facts": each.facts}
+        return row | (_write_masks(folder, name, each, size) if with_masks else {})
+
+    return write_pictures(folder, ((draw(each, size), line(index, each)) for index, each in enumerate(scenes)))
 
 
 def _write_masks(folder: Path, name: str, scene: Scene, size: int) -> dict[str, Any]:
+    (folder / "masks").mkdir(exist_ok=True)
     masks_OHW = masks(scene, size)
     numbers_O11 = np.arange(1, len(masks_OHW) + 1, dtype=np.uint8)[:, None, None]
     Image.fromarray((masks_OHW * numbers_O11).max(0)).save(folder / "masks" / name)

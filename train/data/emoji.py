@@ -1,8 +1,10 @@
 """Builds a captioned picture folder of emoji from three Debian packages, in the layout that the folder reader takes.
 
-Pictures: Noto Color Emoji (OFL 1.1). Names and groups: Unicode's emoji-test.txt. Keywords: CLDR's English annotations.
+Pictures: Noto Color Emoji (OFL 1.1). English names and groups: Unicode's emoji-test.txt. Keywords, and names in other
+languages: CLDR's annotations.
 
-    OUT/train/      *.png, metadata.jsonl      {"file_name", "text": [captions], "repeats", "name", "group"} a line
+    OUT/train/      *.png, metadata.jsonl      {"file_name", "text": [captions], "repeats", "name", "group"} a line,
+                                               and "name_fr", ... for each other language
     OUT/heldout/    the same, never trained on: a tenth of the names with exactly one skin tone
     OUT/summary.json
 """
@@ -10,9 +12,8 @@ Pictures: Noto Color Emoji (OFL 1.1). Names and groups: Unicode's emoji-test.txt
 import hashlib
 import json
 import re
-import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,21 +21,20 @@ from PIL import Image, ImageDraw, ImageFont, features
 
 from diffusion.errors import GazeError
 
+from . import annotations, nouns
+from .write import write_pictures
+
 FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 EMOJI_LIST = Path("/usr/share/unicode/emoji/emoji-test.txt")
-ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotations/en.xml")
-DERIVED_ANNOTATIONS = Path("/usr/share/unicode/cldr/common/annotationsDerived/en.xml")
 PACKAGES = {
     FONT: "fonts-noto-color-emoji",
     EMOJI_LIST: "unicode-data",
-    ANNOTATIONS: "unicode-cldr-core",
-    DERIVED_ANNOTATIONS: "unicode-cldr-core",
+    **dict.fromkeys(annotations.FOLDERS, "unicode-cldr-core"),
 }
 
 STRIKE = 109  # the one size (pixels per em) of the font's bitmaps
 GLYPH_WIDTH, GLYPH_HEIGHT = 136, 128
 CANVAS = 144  # square; leaves 4 pixels beside the glyph
-VARIATION_SELECTOR = "\ufe0f"  # absent from CLDR's keys
 
 SKIN_TONE = re.compile(r"(?:medium-light|medium-dark|light|medium|dark) skin tone")
 
@@ -48,6 +48,11 @@ class Emoji(NamedTuple):
     def file_name(self) -> str:
         return "-".join(f"{ord(c):x}" for c in self.text) + ".png"
 
+    @property
+    def key(self) -> str:
+        """In CLDR's annotations."""
+        return self.text.replace(annotations.VARIATION_SELECTOR, "")
+
 
 def parse_emoji_list(lines: Iterable[str]) -> Iterator[Emoji]:
     """The fully-qualified emoji of a file in the format of emoji-test.txt (Unicode Technical Standard 51)."""
@@ -58,15 +63,6 @@ def parse_emoji_list(lines: Iterable[str]) -> Iterator[Emoji]:
         elif match := re.match(r"([0-9A-F ]+); fully-qualified\s+# \S+ E[\d.]+ (.+)", line):
             points, name = match.groups()
             yield Emoji("".join(chr(int(p, 16)) for p in points.split()), name.strip(), group)
-
-
-def parse_annotations(xml: str | bytes) -> dict[str, list[str]]:
-    """{emoji without variation selectors: its keywords} of a CLDR annotations file."""
-    return {
-        node.attrib["cp"]: [word.strip() for word in (node.text or "").split("|")]
-        for node in ElementTree.fromstring(xml).iter("annotation")
-        if "type" not in node.attrib  # type="tts" is the name
-    }
 
 
 def is_held_out(name: str) -> bool:
@@ -91,13 +87,25 @@ def spoken(name: str) -> str:
     return f"{article} {base}" + (f" with {' and '.join(details.split(', '))}" if details else "")
 
 
-def captions(name: str, keywords: list[str]) -> list[str]:
-    """The name; the name as spoken; the name and its keywords, if a keyword says more than the name."""
+# How a name is said by one who asks for the picture; in other languages as it stands.
+SPOKEN = {"en": lambda emoji, name: spoken(name), "fr": lambda emoji, name: nouns.spoken_french(emoji.key, name)}
+
+
+def in_language(emojis: Sequence[Emoji], language: str) -> dict[Emoji, annotations.Annotation]:
+    """Name and keywords of those that have them; Unicode's list has the English names of all. Raises GazeError."""
+    found = annotations.read_annotations(language)
+    if language != "en":
+        return {e: found[e.key] for e in emojis if e.key in found}
+    nothing = annotations.Annotation("", [])
+    return {e: found.get(e.key, nothing)._replace(name=e.name) for e in emojis}
+
+
+def captions(name: str, aloud: str, keywords: list[str]) -> list[str]:
+    """The name; the name as said aloud; the name and its keywords, if a keyword says more than the name."""
     keywords = [word for word in keywords if word.casefold() != name.casefold()]
     said = set(re.findall(r"\w+", name.casefold()))
-    if all(said.issuperset(re.findall(r"\w+", word.casefold())) for word in keywords):
-        return [name, spoken(name)]
-    return [name, spoken(name), ", ".join([name, *keywords])]
+    more = not all(said.issuperset(re.findall(r"\w+", word.casefold())) for word in keywords)
+    return [*dict.fromkeys([name, aloud]), *([", ".join([name, *keywords])] if more else [])]
 
 
 def repeats(variants: int, idea_balance: float) -> int:
@@ -111,27 +119,54 @@ def repeats(variants: int, idea_balance: float) -> int:
 
 def draw(text: str, font: ImageFont.FreeTypeFont, size: int) -> Image.Image:
     """One emoji, whole, centred on a white square, [size, size] RGB."""
-    canvas = Image.new("RGBA", (CANVAS, CANVAS), "white")
+    return _drawn(text, font, "white").convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+
+
+def glyph(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
+    """One emoji alone, RGBA: the smallest square around it, transparent beside it, in the pixels of the font."""
+    on_black = _drawn(text, font, (0, 0, 0, 0))  # so that levels are multiplied by alpha
+    image = Image.frombytes("RGBa", on_black.size, on_black.tobytes()).convert("RGBA")
+    left, top, right, bottom = image.getbbox() or (0, 0, CANVAS, CANVAS)
+    side = max(right - left, bottom - top)
+    left, top = (left + right - side) // 2, (top + bottom - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _drawn(text: str, font: ImageFont.FreeTypeFont, background: str | tuple[int, ...]) -> Image.Image:
+    canvas = Image.new("RGBA", (CANVAS, CANVAS), background)
     corner = ((CANVAS - GLYPH_WIDTH) // 2, (CANVAS - GLYPH_HEIGHT) // 2)
     ImageDraw.Draw(canvas).text(corner, text, font=font, embedded_color=True)
-    return canvas.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+    return canvas
 
 
-def build_emoji(out: Path, size: int = 64, idea_balance: float = 4.0, limit: int | None = None) -> dict:
+def installed() -> tuple[list[Emoji], ImageFont.FreeTypeFont]:
+    """Every emoji, and the font that draws them. Raises GazeError if a package is missing."""
+    _require_packages()
+    emojis = parse_emoji_list(EMOJI_LIST.read_text(encoding="utf-8").splitlines())
+    return [*emojis], ImageFont.truetype(FONT, STRIKE, layout_engine=ImageFont.Layout.RAQM)
+
+
+def build_emoji(
+    out: Path,
+    size: int = 64,
+    idea_balance: float = 4.0,
+    limit: int | None = None,
+    languages: Sequence[str] = ("en",),
+) -> dict:
     """Draws every emoji into out/train and out/heldout; the same bytes on every run.
 
-    size: pixels of a side. idea_balance: see `repeats`. limit: only the first so many emoji of the list.
+    size: pixels of a side. idea_balance: see `repeats`. limit: only the first so many emoji of the list. languages: of
+    the captions, by CLDR's codes; an emoji without a name in one has no captions in it.
     A picture pixel-identical to a held-out one (the font draws some emoji alike) is left out of train, and so is
-    a train caption that is also a held-out picture's.
+    a train caption that is also a held-out picture's, and a keyword that is a held-out name, in any of the languages.
     Returns the summary that is also written to out/summary.json: counts, groups of identical pictures by name, and the
-    names left out of train. Raises GazeError if a package is missing or out is not writable.
+    names left out of train. Raises GazeError if a package or a language is missing or out is not writable.
     """
-    _require_packages()
+    emojis, font = installed()
+    emojis = emojis[:limit]
     if size < 1:
         raise GazeError(f"the size of the pictures is {size} pixels", "--size 64")
-    font = ImageFont.truetype(FONT, STRIKE, layout_engine=ImageFont.Layout.RAQM)
-    emojis = list(parse_emoji_list(EMOJI_LIST.read_text(encoding="utf-8").splitlines()))[:limit]
-    keywords = parse_annotations(ANNOTATIONS.read_bytes()) | parse_annotations(DERIVED_ANNOTATIONS.read_bytes())
+    said = {language: in_language(emojis, language) for language in languages}
     pictures = {emoji: draw(emoji.text, font, size) for emoji in emojis}
 
     alike: dict[bytes, list[Emoji]] = defaultdict(list)
@@ -142,18 +177,33 @@ def build_emoji(out: Path, size: int = 64, idea_balance: float = 4.0, limit: int
     train = [e for e in emojis if pictures[e].tobytes() not in shown]
     variants = Counter(idea(e.name) for e in train)
 
-    texts = {e: captions(e.name, keywords.get(e.text.replace(VARIATION_SELECTOR, ""), [])) for e in emojis}
-    secret = {text for e in heldout for text in texts[e]}
+    hidden = {of[e].name.casefold() for of in said.values() for e in heldout if e in of}
 
-    def record(emoji: Emoji, text: list[str], times: int) -> dict:
-        return {"file_name": emoji.file_name, "text": text, "repeats": times, "name": emoji.name, "group": emoji.group}
+    def texts(emoji: Emoji) -> list[str]:
+        found = []
+        for language, of in said.items():
+            if emoji in of:
+                name, keywords = of[emoji]
+                aloud = SPOKEN[language](emoji, name) if language in SPOKEN else name
+                found += captions(name, aloud, [word for word in keywords if word.casefold() not in hidden])
+        return found
+
+    secret = {text for e in heldout for text in texts(e)}
+
+    def record(emoji: Emoji, without: set[str], times: int) -> dict:
+        names = {f"name_{language}": of[emoji].name for language, of in said.items() if emoji in of}
+        return {
+            "file_name": emoji.file_name,
+            "text": [text for text in texts(emoji) if text not in without],
+            "repeats": times,
+            "name": emoji.name,
+            "group": emoji.group,
+            **{key: name for key, name in names.items() if key != "name_en"},
+        }
 
     records = {
-        "train": [
-            record(e, [t for t in texts[e] if t not in secret], repeats(variants[idea(e.name)], idea_balance))
-            for e in train
-        ],
-        "heldout": [record(e, texts[e], 1) for e in heldout],
+        "train": [record(e, secret, repeats(variants[idea(e.name)], idea_balance)) for e in train],
+        "heldout": [record(e, set(), 1) for e in heldout],
     }
     used = {*train, *heldout}
     summary = {
@@ -166,30 +216,19 @@ def build_emoji(out: Path, size: int = 64, idea_balance: float = 4.0, limit: int
         "groups": dict(Counter(e.group for e in emojis)),
         "left_out_like_heldout": [e.name for e in emojis if e not in used],
         "duplicates": [[e.name for e in group] for group in alike.values() if len(group) > 1],
+        **{f"without_name_{language}": len(emojis) - len(of) for language, of in said.items() if language != "en"},
     }
-    _write(Path(out), {e.file_name: picture for e, picture in pictures.items()}, records, summary)
+    for split, of in {"train": train, "heldout": heldout}.items():
+        write_pictures(Path(out) / split, zip((pictures[e] for e in of), records[split], strict=True))
+    text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
+    (Path(out) / "summary.json").write_text(text, encoding="utf-8")
     return summary
 
 
-def _write(out: Path, pictures: dict[str, Image.Image], records: dict[str, list[dict]], summary: dict) -> None:
-    try:
-        for split, lines in records.items():
-            folder = out / split
-            folder.mkdir(parents=True, exist_ok=True)
-            for line in lines:
-                pictures[line["file_name"]].save(folder / line["file_name"])
-            metadata = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            (folder / "metadata.jsonl").write_text(metadata, encoding="utf-8")
-        text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
-        (out / "summary.json").write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise GazeError(f"cannot write the emoji folder {out}: {error}", "a folder you may write to") from error
-
-
 def _require_packages() -> None:
-    missing = sorted({package for path, package in PACKAGES.items() if not path.is_file()})
+    missing = sorted({package for path, package in PACKAGES.items() if not path.exists()})
     if missing:
-        paths = ", ".join(str(path) for path in PACKAGES if not path.is_file())
+        paths = ", ".join(str(path) for path in PACKAGES if not path.exists())
         raise GazeError(f"the emoji need files that are not here: {paths}", f"apt-get install {' '.join(missing)}")
     if not features.check("raqm"):
         raise GazeError(

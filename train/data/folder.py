@@ -21,9 +21,7 @@ class Folder(Listed):
 
     def __init__(self, root: str | Path):
         self.root = Path(root)
-        if not self.root.is_dir():
-            problem = "is no folder" if self.root.exists() else "does not exist"
-            raise GazeError(f"data folder {str(root)!r} {problem}", "check data.folder")
+        require_folder(self.root)
         metadata = self.root / "metadata.jsonl"
         found = _from_metadata(metadata) if metadata.is_file() else _from_text_files(self.root)
         if not found:
@@ -32,14 +30,26 @@ class Folder(Listed):
 
     def read(self, index: int) -> bytes:
         """The picture's file. Raises GazeError when it cannot be read."""
-        try:
-            with (self.root / self.files[index]).open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size > LARGEST:
-                    raise GazeError(f"the file has {size} bytes, more than {LARGEST}")
-                return file.read()
-        except OSError as error:
-            raise GazeError(f"the file cannot be read: {error.strerror}") from None
+        return read_file(self.root / self.files[index])
+
+
+def require_folder(root: Path) -> None:
+    """Raises GazeError when it is none."""
+    if not root.is_dir():
+        problem = "is no folder" if root.exists() else "does not exist"
+        raise GazeError(f"data folder {str(root)!r} {problem}", "check data.folder")
+
+
+def read_file(path: Path) -> bytes:
+    """A picture's file. Raises GazeError when it cannot be read, or is too large to be one."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > LARGEST:
+                raise GazeError(f"the file has {size} bytes, more than {LARGEST}")
+            return file.read()
+    except OSError as error:
+        raise GazeError(f"the file cannot be read: {error.strerror}") from None
 
 
 def _hint(root: Path) -> str:
@@ -51,12 +61,19 @@ def _hint(root: Path) -> str:
 
 def _from_metadata(metadata: Path) -> list[tuple[str, Entry]]:
     root = metadata.parent.resolve()
+    return [entry_of(metadata, root, number, line) for number, line in lines_of(metadata)]
+
+
+def lines_of(metadata: Path) -> list[tuple[int, bytes]]:
+    """The lines of metadata.jsonl that are not blank, with their numbers from 1."""
     # Bytes, because text would also be split at the line separators of Unicode, which may stand inside a caption.
-    lines = metadata.read_bytes().split(b"\n")
-    return [_entry(metadata, root, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    lines = enumerate(metadata.read_bytes().split(b"\n"), start=1)
+    return [(number, line) for number, line in lines if line.strip()]
 
 
-def _entry(metadata: Path, root: Path, number: int, line: bytes) -> tuple[str, Entry]:
+def entry_of(metadata: Path, root: Path, number: int, line: bytes) -> tuple[str, Entry]:
+    """The file that a line names, and what it says of it. root: the folder, resolved. Raises GazeError with the
+    line's number."""
     where = f"{metadata}, line {number}"
     try:
         row = json.loads(line.decode("utf-8-sig"))
@@ -77,13 +94,19 @@ def _entry(metadata: Path, root: Path, number: int, line: bytes) -> tuple[str, E
     return name, Entry(_text(name), tuple(map(_text, captions)), repeats)
 
 
+def pictures_in(root: Path) -> list[Path]:
+    """The files of a folder, and of those in it, that have a picture's suffix."""
+    return sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+
+
 def _from_text_files(root: Path) -> list[tuple[str, Entry]]:
-    pictures = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    pictures = pictures_in(root)
     names = [path.relative_to(root).as_posix() for path in pictures]
-    return [(name, Entry(_text(name), _captions(path))) for name, path in zip(names, pictures, strict=True)]
+    return [(name, Entry(_text(name), text_beside(path))) for name, path in zip(names, pictures, strict=True)]
 
 
-def _captions(picture: Path) -> tuple[str, ...]:
+def text_beside(picture: Path) -> tuple[str, ...]:
+    """The caption in the .txt file of a picture's name, if there is one."""
     file = picture.with_suffix(".txt")
     try:
         return (file.read_text(encoding="utf-8-sig").strip(),)

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import tarfile
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from diffusion.errors import GazeError
-from diffusion.files import read_json, replacing_file, sha256_of
+from diffusion.files import flush, read_json, replacing_file, sha256_of, write_flushed
 from pipelines.files import check_writable
 
 from .look import examine, refuse_many
@@ -40,7 +38,7 @@ def pack(place: Place, out: Path, shard_size: int = 10_000, workers: int = 0) ->
     check_writable(out)
     _require_same(out, plan)
     try:
-        _write(out / PLAN, [json.dumps(plan).encode()])
+        write_flushed(out / PLAN, [json.dumps(plan).encode()])
         for left in out.glob(".*-*"):
             left.unlink()
         count = -(-len(place) // shard_size)
@@ -55,8 +53,8 @@ def pack(place: Place, out: Path, shard_size: int = 10_000, workers: int = 0) ->
                     _result(out, number).unlink(missing_ok=True)
             raise
         manifest = Manifest.model_validate({**plan, "shards": tuple(Shard(**one["shard"]) for one in found)})
-        _write(out / "skipped.txt", (f"{item.name}: {item.reason}\n".encode() for item in skipped))
-        _write(out / MANIFEST, [manifest.model_dump_json(indent=1).encode()])
+        write_flushed(out / "skipped.txt", (f"{item.name}: {item.reason}\n".encode() for item in skipped))
+        write_flushed(out / MANIFEST, [manifest.model_dump_json(indent=1).encode()])
         for number in range(count):
             _result(out, number).unlink(missing_ok=True)
         (out / PLAN).unlink()
@@ -98,13 +96,13 @@ def _pack_one(place: Place, out: Path, shard_size: int, number: int) -> dict[str
                         continue
                     lines.append(_add(shard, f"{place_index:09d}", content, record))
                     visits += record.repeats
-            _flush(file)
-        _write(index, (line + b"\n" for line in lines))
+            flush(file)
+        write_flushed(index, (line + b"\n" for line in lines))
         entry = {"name": tar.stem, "pictures": len(lines), "visits": visits}
         entry |= {"bytes": tar.stat().st_size, "sha256": sha256_of(tar)}
         entry |= {"index_bytes": index.stat().st_size, "index_sha256": sha256_of(index)}
         found = {"shard": entry, "skipped": skipped}
-        _write(result, [json.dumps(found).encode()])
+        write_flushed(result, [json.dumps(found).encode()])
     except OSError as error:
         raise _not_written(out, error) from None
     return found
@@ -127,17 +125,6 @@ def _add(shard: tarfile.TarFile, key: str, content: bytes, record: Record) -> by
 
 def _result(out: Path, number: int) -> Path:
     return out / f"{number:05d}.json"
-
-
-def _write(path: Path, parts: Iterable[bytes]) -> None:
-    with replacing_file(path) as aside, aside.open("wb") as file:
-        file.writelines(parts)
-        _flush(file)
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _not_written(out: Path, error: OSError) -> GazeError:

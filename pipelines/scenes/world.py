@@ -1,0 +1,126 @@
+"""Scenes of two or three emoji on one colour: drawn at random, but each a function of (kinds, seed, index, split).
+
+The emoji never touch. Six skills take turns. Some combinations are held out: no seen scene contains one, every held-out
+prompt states one. Lengths are in pixels of a picture of SIDE x SIDE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from random import Random
+from typing import Any
+
+from PIL import Image
+
+from ..places import CLEAR, RELATIONS, SIDE, Box, ahead, apart, box_at_random, check_split, is_held_out
+
+WHITE = "white"
+BACKGROUNDS = {
+    WHITE: (255, 255, 255),
+    "blue": (120, 175, 245),
+    "green": (140, 210, 140),
+    "yellow": (250, 230, 130),
+    "pink": (250, 175, 205),
+    "grey": (185, 185, 185),
+    "purple": (190, 160, 235),
+}
+SIDES = {2: range(22, 27), 3: range(18, 22)}  # of an emoji's box, by how many there are
+SKILLS = ("two objects", "three objects", "counting", "position", "background", "all at once")
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Object:
+    """kind: the name of a thing."""
+
+    kind: str
+    box: Box
+
+
+@dataclass(frozen=True)
+class Scene:
+    """name: split, seed and index. background: of BACKGROUNDS. objects: in the order of the facts.
+
+    facts: what the caption says, {"skill", "objects": [{"kind", "count"}], "relation": of RELATIONS, those of the first
+    kind to those of the second, or None, "background": None where it is not said, and then white}.
+    """
+
+    name: str
+    facts: Facts
+    background: str
+    objects: tuple[Object, ...]
+
+
+def scene(kinds: Sequence[str], seed: int, index: int, split: str = "seen") -> Scene:
+    """Scene number `index`, of skill SKILLS[index % 6]. kinds: names, three or more. GazeError: no such split."""
+    check_split(split)
+    name = f"{split}/{seed}/{index}"
+    random = Random(f"emoji/{name}")
+    while True:
+        facts = _facts(random, SKILLS[index % len(SKILLS)], kinds)
+        if any(map(is_held_out, combinations_of(facts))) == (split == "heldout"):
+            return Scene(name, facts, facts["background"] or WHITE, _objects(random, facts))
+
+
+def combinations_of(facts: Facts) -> Iterator[str]:
+    """Kind with kind in the alphabet's order, count with kind, and kind with a background other than white."""
+    for thing in facts["objects"]:
+        if thing["count"] > 1:
+            yield f"{thing['count']} {thing['kind']}"
+        if facts["background"] not in (None, WHITE):
+            yield f"{thing['kind']} on {facts['background']}"
+    yield from (" and ".join(pair) for pair in combinations(sorted(thing["kind"] for thing in facts["objects"]), 2))
+
+
+def _facts(random: Random, skill: str, kinds: Sequence[str]) -> Facts:
+    """What a caption of this skill may say, held out or not."""
+    counts = {
+        "three objects": random.choice([(1, 1, 1), (2, 1), (1, 2)]),
+        "counting": random.choice([(2,), (3,)]),
+        "all at once": random.choice([(1, 1), (2, 1), (1, 2)]),
+    }.get(skill, (1, 1))
+    relation, background = random.choice([*RELATIONS]), random.choice([*BACKGROUNDS])
+    return {
+        "skill": skill,
+        "objects": [
+            {"kind": kind, "count": count}
+            for kind, count in zip(random.sample(kinds, len(counts)), counts, strict=True)
+        ],
+        "relation": relation if skill in ("position", "all at once") else None,
+        "background": background if skill in ("background", "all at once") else None,
+    }
+
+
+def _objects(random: Random, facts: Facts) -> tuple[Object, ...]:
+    """Objects of which the facts are true; those of one kind are equally large."""
+    total = sum(thing["count"] for thing in facts["objects"])
+    sides = {thing["kind"]: random.choice(SIDES[total]) for thing in facts["objects"]}
+    kinds = [thing["kind"] for thing in facts["objects"] for _ in range(thing["count"])]
+    while True:
+        boxes = [box_at_random(random, sides[kind]) for kind in kinds]
+        objects = tuple(map(Object, kinds, boxes))
+        if all(apart(*pair) for pair in combinations(boxes, 2)) and (
+            facts["relation"] is None or _related(objects, facts)
+        ):
+            return objects
+
+
+def _related(objects: Sequence[Object], facts: Facts) -> bool:
+    first, second = ([each.box for each in objects if each.kind == thing["kind"]] for thing in facts["objects"])
+    return all(ahead(facts["relation"], one, other) >= CLEAR for one in first for other in second)
+
+
+def draw(scene: Scene, glyphs: Mapping[str, Image.Image], size: int = SIDE) -> Image.Image:
+    """The scene as an RGB picture of size x size pixels. glyphs: by kind, RGBA and square."""
+    canvas = Image.new("RGBA", (size, size), BACKGROUNDS[scene.background])
+    for each in scene.objects:
+        left, top, right, _ = (round(end * size / SIDE) for end in each.box)
+        canvas.alpha_composite(scaled(glyphs[each.kind], right - left), (left, top))
+    return canvas.convert("RGB")
+
+
+def scaled(glyph: Image.Image, side: int) -> Image.Image:
+    return glyph.resize((side, side), Image.Resampling.LANCZOS)
