@@ -201,7 +201,7 @@ class CLIPText(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a `text_encoder/` folder; dtype None keeps that of the parameters."""
-        state, config = self.state_dict(), self.config.to_diffusers()
+        state, config = dict(self.named_parameters()), self.config.to_diffusers()  # as UNet.save_pretrained
         if self.text_projection is not None:
             config["projection_dim"] = self.text_projection.out_features
         write_text_encoder(folder, config, state, dtype)

@@ -378,4 +378,5 @@ class UNet(nn.Module):
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a diffusers `unet/` folder; dtype None keeps that of the parameters."""
-        write_part(folder, self.config.to_diffusers(), self.state_dict(), dtype=dtype)
+        # state_dict would have FSDP2 take apart what it has gathered; there are no buffers.
+        write_part(folder, self.config.to_diffusers(), dict(self.named_parameters()), dtype=dtype)

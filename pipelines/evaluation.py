@@ -5,6 +5,7 @@ Shapes: B pictures, N true pictures, P pooled values of a picture.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +34,8 @@ T = TypeVar("T")
 
 
 class Truth(NamedTuple):
-    """A true picture: what it is called, what asks for it (None in a language without a name for it), its pixels, and
-    those mean-pooled."""
+    """A true picture: what it is called, what asks for it (None in a language without a name for it), a hash of its
+    pixels, and these mean-pooled."""
 
     name: str
     prompt: str | None
@@ -215,7 +216,7 @@ def read_each(folder: Path, make: Callable[[dict[str, Any], Image.Image], T], hi
 
 
 def _identity(picture: Image.Image) -> bytes:
-    return f"{picture.size}".encode() + to_rgb(picture).tobytes()
+    return hashlib.sha256(f"{picture.size}".encode() + to_rgb(picture).tobytes()).digest()
 
 
 def _choose(truths: list[Truth], split: str, n: int | None, seed: int) -> list[Truth]:

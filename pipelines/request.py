@@ -30,6 +30,8 @@ from .word_maps import Wanted, wanted_maps
 
 Picture = Image.Image | str | Path
 
+STEPS, GUIDANCE = 50, 7.5  # where neither the request nor the model says, as in diffusers
+
 
 @dataclass(frozen=True)
 class Request:
@@ -141,11 +143,11 @@ def make_plan(model: Model, request: Request, loras: Sequence[dict[str, Any]] = 
     negatives = negatives * (len(prompts) // len(negatives))
     count = whole("num_images", request.num_images, 1, MOST)
     total = whole("the number of pictures", len(prompts) * count, 1, MOST)
-    steps = first(request.num_inference_steps, defaults.get("num_inference_steps"), 50)
+    steps = first(request.num_inference_steps, defaults.get("num_inference_steps"), STEPS)
     scheduler = first(request.scheduler, defaults.get("scheduler"), model.scheduler)
     trajectory = prepare(scheduler, model.schedule, whole("num_inference_steps", steps, 1), request.spacing)
     guidance = Guidance(
-        number("guidance_scale", first(request.guidance_scale, defaults.get("guidance_scale"), 7.5)),
+        number("guidance_scale", first(request.guidance_scale, defaults.get("guidance_scale"), GUIDANCE)),
         number("guidance_rescale", request.guidance_rescale),
         interval(request.guidance_interval),
         request.projected_guidance,

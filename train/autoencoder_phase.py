@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from diffusion.files import replacing
 from .cache import check_size
 from .config import Recipe
 from .data.stream import Sample, Stream, stack
+from .judges import Judge
 from .processes import Processes
 from .randomness import normal
 
@@ -38,6 +39,8 @@ class _Reconstruct(nn.Module):
 class AutoencoderPhase:
     """Per pixel: squared error + half the absolute error; per latent value: kl_weight x KL divergence to a unit normal
     (Kingma & Welling 2013, appendix B)."""
+
+    judges: Mapping[str, Judge] = {}
 
     def __init__(self, recipe: Recipe, data: Stream, processes: Processes):
         self.recipe, self.data, self.device = recipe, data, processes.device

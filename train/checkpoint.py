@@ -120,6 +120,12 @@ class Checkpoints:
         self._warn(f"{text}; the run goes on and tries again at the next one ({self.failed} of {MOST_FAILED})")
         return None
 
+    def amend(self, pictures: int, changes: Mapping[str, Any]) -> None:
+        """Changes values of the state of this run's own checkpoint of `pictures`, in one rename; one elsewhere that the
+        run has gone back to stays as it is."""
+        if self.origin is None and self.processes.first:
+            files.amend(self.folder / files.name_of(pictures), changes)
+
     def remove_leftovers(self, pictures: int) -> None:
         """Removes what a killed run left half written, and what it had no time to remove. Only for the run that writes
         here, before its first save. pictures: of the checkpoint that it goes on from, 0 for none."""

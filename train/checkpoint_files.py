@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffusion.errors import GazeError
-from diffusion.files import TYPES, sha256_of
+from diffusion.files import TYPES, replacing_file, sha256_of
 
 from .processes import Processes
 from .sharding import whole
@@ -153,6 +153,14 @@ def publish(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
     os.replace(aside, final)
     _flush(final.parent)
     _flush(final.parent.parent)
+
+
+def amend(path: Path, changes: Mapping[str, Any]) -> None:
+    """Changes values of a sound checkpoint's state; killed at any instant it leaves the old manifest or the new one."""
+    manifest = _read_manifest(path)
+    manifest["state"] |= changes
+    with replacing_file(path / MANIFEST) as aside:
+        _write_flushed(aside, [_sealed(manifest)])
 
 
 def discard(path: Path) -> None:

@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -22,8 +23,29 @@ from .processes import Processes
 BEAT = 1.0  # seconds between signs of life
 SILENCE = 30.0  # seconds without one after which a process counts as stopped
 SUSPECT = 4.0  # the same once an operation over all processes has failed: somebody must be gone
+MEETING = 600.0  # seconds for all processes to come; as yet nobody listens to signs of life
 GRACE = 4.0  # seconds for an error that all processes find to be reported by each of them
 EXIT_CODE = 75  # EX_TEMPFAIL, when one was killed or stopped: the same command goes on
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """A block in which the processes meet. It ends this one when the others do not come: an operation of all of them
+    would wait for hours for one that was stopped on the way."""
+    patience = threading.Timer(MEETING, _nobody_came)
+    patience.daemon = True
+    patience.start()
+    try:
+        yield
+    finally:
+        patience.cancel()
+
+
+def _nobody_came() -> None:
+    says = (f"error: process {os.environ.get('RANK', '0')} has waited for {MEETING / 60:.0f} minutes and not met all "
+            "others: one was killed or stopped on the way, or never began\n  try: the same command")  # fmt: skip
+    print(says, file=sys.stderr, flush=True)
+    os._exit(EXIT_CODE)
 
 
 class Verdict(NamedTuple):
@@ -47,21 +69,26 @@ class Company:
 
     def __enter__(self) -> Company:
         if self.processes.count > 1:
-            host = os.environ.get("MASTER_ADDR", "localhost")
-            wait = timedelta(seconds=SILENCE)
-            port = 0
-            if self.processes.first:
-                self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
-                port = self.store.port
-            port = self.processes.gather(port)[0]
-            if not self.processes.first:
-                self.store = dist.TCPStore(host, port, is_master=False, timeout=wait)
-            self._tell()
-            self.processes.wait()
+            with meeting():
+                self._meet()
             self.heard = time.monotonic()
             self.thread.start()
             self.guard.start()
         return self
+
+    def _meet(self) -> None:
+        """All join the place where they ask, which lies with the first process."""
+        host = os.environ.get("MASTER_ADDR", "localhost")
+        wait = timedelta(seconds=SILENCE)
+        port = 0
+        if self.processes.first:
+            self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=wait)
+            port = self.store.port
+        port = self.processes.gather(port)[0]
+        if not self.processes.first:
+            self.store = dist.TCPStore(host, port, is_master=False, timeout=wait)
+        self._tell()
+        self.processes.wait()
 
     def at(self, pictures: int, step: int) -> None:
         """Notes how far this process is."""

@@ -155,6 +155,19 @@ class Ema(Section):
     widths: tuple[Annotated[Real, Field(gt=0, lt=0.28)], ...] = (0.05, 0.10)  # of the power functions in them
 
 
+class Judging(Section):
+    """How validation.judges score the averaged weights: by pictures that these draw of the judge's own prompts."""
+
+    every: NotNegative = 0  # pictures seen between scores; 0 = as validation.every
+    prompts: Positive = 120  # of each judge
+    split: Literal["heldout", "seen"] = "heldout"  # what the prompts ask for: what no picture shows that trains, or not
+    seed: NotNegative = 0  # picture i begins from seed + i
+    batch: Few = 8  # pictures drawn at once
+    num_inference_steps: Few | None = None  # None = the model's, as of guidance_scale
+    guidance_scale: Real | None = None
+    best: str | None = None  # the figure by which out/best is kept, as shapes/counting; None = the first judge's score
+
+
 class Validation(Section):
     every: NotNegative = 0  # pictures between held-out losses and sample grids; 0 = none
     prompts: tuple[str, ...] = ()
@@ -162,6 +175,13 @@ class Validation(Section):
     bins: Few = 8  # of noise level, for the held-out loss
     pictures: Positive = 256  # at most so many of the held-out ones
     attention: bool = False  # log how these attend to the words of their captions
+    judges: tuple[Literal["shapes", "retrieval"], ...] = ()  # of what is drawn; out/best holds the best model so far
+    judging: Judging = Judging()
+
+    @property
+    def looks(self) -> dict[str, int]:
+        """In what ways a run looks at itself, and how many pictures lie between; 0 = never."""
+        return {"validation": self.every, "judges": (self.judging.every or self.every) if self.judges else 0}
 
 
 class Recipe(Section):
@@ -196,8 +216,13 @@ class Recipe(Section):
             raise ValueError("data: give one of folder, shards, table, dataset, or drawn (a number of shapes to draw)")
         if self.pictures < self.batch_size:
             raise ValueError(f"pictures {self.pictures} is less than batch_size {self.batch_size}: not one step")
-        if self.validation.every and not self.validation.prompts and not data.held_out and self.phase != "autoencoder":
+        shown = self.validation.prompts or self.validation.judges or data.held_out or self.phase == "autoencoder"
+        if self.validation.every and not shown:
             raise ValueError("validation.every is set, but validation.prompts is empty and data.held_out is 0")
+        if self.validation.judges and self.phase != "diffusion":
+            raise ValueError(f"validation.judges look at what phase diffusion draws; this is phase {self.phase}")
+        if self.validation.judges and not self.validation.looks["judges"]:
+            raise ValueError("validation.judges is set, but validation.every and validation.judging.every are 0")
         if self.validation.attention and (self.phase != "diffusion" or not data.held_out):
             raise ValueError("validation.attention is of held-out pictures of phase diffusion; it needs data.held_out")
         if self.objective.grounding and (self.phase != "diffusion" or data.folder is None):

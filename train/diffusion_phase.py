@@ -21,6 +21,7 @@ from .choice import choose, fingerprint, frozen, text_frozen
 from .config import Recipe
 from .data.stream import Sample, Stream
 from .grounding import Grounding
+from .judges import open_judges
 from .model import Predict, export, make_model
 from .objective import draw_noise, make_density, quantiles
 from .processes import Processes
@@ -33,6 +34,7 @@ class DiffusionPhase:
     def __init__(self, recipe: Recipe, data: Stream, processes: Processes):
         self.recipe, self.device = recipe, processes.device
         self.model = make_model(recipe, data.captions())
+        self.judges = open_judges(recipe, data.source, self.model)  # first: what follows encodes all pictures
         self.latents = Latents(recipe, data, processes, self.model.autoencoder)
         check_attends(self.model.unet, recipe)
         choose(self.model, recipe.model)

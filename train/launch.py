@@ -20,6 +20,7 @@ from torch import nn
 from diffusion.errors import GazeError
 
 from . import zero
+from .company import meeting
 from .config import Recipe
 from .optimizer import make_optimizer
 from .precision import check_precision
@@ -37,13 +38,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     when the processes cannot meet."""
     partitioned = zero.zero_plugin(recipe) if zero.wanted() else None
     try:
-        accelerator = Accelerator(
-            mixed_precision="no" if partitioned else recipe.mixed_precision,
-            # As a number it would give way to the launcher's.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation_steps),
-            deepspeed_plugin=partitioned,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
-        )
+        with meeting():
+            accelerator = Accelerator(
+                mixed_precision="no" if partitioned else recipe.mixed_precision,
+                # As a number it would give way to the launcher's.
+                gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=recipe.gradient_accumulation_steps),
+                deepspeed_plugin=partitioned,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            )
     except dist.DistNetworkError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise GazeError(

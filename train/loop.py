@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusion.errors import GazeError
 
+from .best import judge, said
 from .company import Company
 from .config import Recipe
 from .data.stream import Sample
@@ -42,7 +43,8 @@ class NotFinite(GazeError):
 
 
 class Stopped(Exception):
-    """The run was asked to stop (SIGTERM or SIGINT) and has written a checkpoint. args[0]: pictures seen."""
+    """The run was asked to stop (SIGTERM or SIGINT) and has written a checkpoint; something is left to do. args[0]:
+    pictures seen."""
 
 
 def train(recipe: Recipe) -> Path:
@@ -58,13 +60,10 @@ def train(recipe: Recipe) -> Path:
         run = prepare(recipe, accelerator, processes)
         with open_metrics(run) as metrics, StopSignal() as stop:
             lap = metrics.watch.lap
-            look = partial(validate, recipe, run.phase, run.held_out, run.averages, processes, metrics,
-                           stopping=lambda: processes.any(stop.received))  # fmt: skip
-            stopping = False
+            look = partial(look_at, run, metrics, lambda: processes.any(stop.received))
             if run.owes:
-                look(run.seen)
-                run.owes = processes.any(stop.received)
-                lap("validation")
+                run.settle(look)
+            stopping = bool(run.owes)
             while run.seen < recipe.pictures and not stopping:
                 company.at(run.seen, run.seen // recipe.batch_size)
                 rate = run.set_rate()
@@ -95,24 +94,21 @@ def train(recipe: Recipe) -> Path:
                 if due(recipe.ema.snapshots_every):
                     run.snapshot()
                 lap("trainer")
-                if due(recipe.validation.every):
-                    if not stopping:
-                        look(run.seen)
-                        stopping = processes.any(stop.received)
-                    run.owes = stopping
-                    lap("validation")
+                if looks := [name for name, every in recipe.validation.looks.items() if due(every)]:
+                    run.owes = look(looks)
+                    stopping = processes.any(stop.received)
                 if due(recipe.checkpoint_every) or stopping:
                     run.save(last=stopping or run.seen >= recipe.pictures)
                     lap("checkpoint")
-        seen = run.seen
+        seen, finished = run.seen, run.seen >= recipe.pictures and not run.owes
         if seen >= recipe.pictures and processes.first:
             export(recipe, source=run.source)
-            if wrong := compare(recipe, metrics.measured(), processes.count):
-                print(wrong, file=sys.stderr)
+            for line in filter(None, (compare(recipe, metrics.measured(), processes.count), said(recipe.out))):
+                print(line, file=sys.stderr)
         processes.wait()
     del run
     leave(accelerator)
-    if seen < recipe.pictures:
+    if not finished:
         raise Stopped(seen)
     return recipe.out / "model"
 
@@ -126,6 +122,18 @@ def open_metrics(run: Run) -> Metrics:
     log, device = recipe.out / "metrics.jsonl", processes.device
     share = utilization(recipe, processes)
     return Metrics(log, run.seen, recipe.pictures, processes.first, device=device, trackers=trackers, mfu=share)
+
+
+def look_at(run: Run, metrics: Metrics, stopping: Callable[[], bool], looks: list[str]) -> list[str]:
+    """Has the run look at itself in these ways of `Validation.looks`. Returns those that `stopping` cut short: nothing
+    was logged or written of them."""
+    ways = {
+        "validation": partial(validate, run.recipe, run.phase, run.held_out, run.averages, run.processes, metrics),
+        "judges": partial(judge, run.recipe, run.phase, run.state["identity"], run.averages, run.processes, metrics),
+    }
+    owed = [name for name in looks if not ways[name](run.seen, stopping)]
+    metrics.watch.lap("validation")
+    return owed
 
 
 def is_due(before: int, seen: int, total: int, every: int) -> bool:

@@ -69,7 +69,7 @@ BODY = Template("""<header>
 <div class="bar"><i style="width:$percent"></i></div>
 <div class="tiles">$tiles</div>
 </header>
-<section><h2>Curves</h2><div class="charts">$charts</div>
+<section><h2>Curves</h2>$best<div class="charts">$charts</div>
 <p><small>Over pictures seen. A dashed line is where the run was resumed.</small></p></section>
 $samples
 $plan

@@ -11,6 +11,7 @@ import torch
 
 from diffusion.errors import GazeError
 from diffusion.files import write_json
+from pipelines.request import GUIDANCE, STEPS
 
 from .config import Recipe, load_recipe
 from .devices import BETWEEN_MACHINES, Device, device_here, find_device, mfu
@@ -79,6 +80,7 @@ def plan(recipe: Recipe, gpu: str, devices: int = 1, price: float | None = None,
         "speed_source": source,
         "days": hours / 24,
         "cost": None if price is None else hours * devices * price,
+        "judges": drawn(recipe, cost) / cost.model_flops,
     }
 
 
@@ -108,6 +110,17 @@ def step_cost(recipe: Recipe, batch: int, trained: int, devices: int, shard: boo
     cost, gradients = count(recipe, batch, keep=not (shard or left)), 4 * trained
     beside = gradients // devices if shard else gradients * (left + (devices > 1))
     return cost._replace(bytes=cost.bytes + beside)
+
+
+def drawn(recipe: Recipe, cost: Cost) -> float:
+    """FLOPs of what validation.judges have drawn for each micro-batch that trains: a forward for each step of a
+    picture, two with guidance; as many as the recipe says or, where it does not, the pipeline makes."""
+    asked, defaults = recipe.validation.judging, recipe.model.defaults
+    steps = asked.num_inference_steps or defaults.get("num_inference_steps", STEPS)
+    scale = defaults.get("guidance_scale", GUIDANCE) if asked.guidance_scale is None else asked.guidance_scale
+    looks = -(-recipe.pictures // max(recipe.validation.looks["judges"], 1))
+    pictures = len(recipe.validation.judges) * asked.prompts * looks / recipe.pictures
+    return pictures * steps * (1 if scale == 1 else 2) * cost.forward_flops
 
 
 def step_seconds(
@@ -155,6 +168,8 @@ def table(found: Mapping[str, Any]) -> str:
         ("speed", f"{found['pictures_per_second']:,.1f} pictures per second ({found['speed_source']})"),
         ("time", f"{found['days']:,.2f} days, without validation and checkpoints"),
     ]  # fmt: skip
+    if found["judges"]:
+        lines.append(("judges", f"{found['judges']:.2g} times the arithmetic of training, not in the time above"))
     lines += [] if price is None else [("cost", f"{price:,.2f}")]
     return "\n".join(f"{name:<12}{text}" for name, text in lines)
 

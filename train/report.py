@@ -28,6 +28,11 @@ MOST_GRIDS = 60  # on the page, evenly over the run
 CHARTS = {  # in this order, then what else was logged; a name also holds the names that follow it with a slash
     "loss": ("Loss", "of the pictures of each interval"),
     "held_out_loss": ("Held-out loss", "of pictures never trained on, averaged weights; by noise level, sigma"),
+    "shapes": (
+        "Shapes",
+        "share of pictures that show what is asked for, averaged weights; mean of the skills, and each",
+    ),
+    "retrieval": ("Retrieval", "share of pictures that are nearest to the true one, averaged weights"),
     "attention_entropy": ("Entropy of the words' maps", "nats, mean over the words of held-out captions"),
     "attention_spread": ("Spread of the words' maps", "their entropy as a share of a uniform map's"),
     "attention_overlap": ("Overlap of words", "of two side by side, as red and circle, and of all others"),
@@ -42,7 +47,8 @@ CHARTS = {  # in this order, then what else was logged; a name also holds the na
     "captions_dropped": ("Captions dropped", "share"),
 }
 NOISY = ("loss", "gradient_norm", "pictures_per_second")
-TILES = ("loss", "held_out_loss", "pictures_per_second", "mfu", "peak_memory_gb", "time/data")
+TILES = ("shapes", "retrieval", "loss", "held_out_loss", "pictures_per_second", "mfu", "peak_memory_gb", "time/data")
+SHARES = ("shapes", "retrieval", "mfu", "time/data")
 
 Row = dict[str, Any]
 
@@ -97,6 +103,7 @@ def render(run: Path, rows: list[Row]) -> str:
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         tiles="".join(_tile(name, curves[name]) for name in TILES if name in curves),
         charts="".join(_charts(curves, [start["pictures"] for start in starts if start["pictures"]])),
+        best=_best(_parse(_read(run / "best" / "score.json"))),
         samples=_samples(run / "samples", recipe),
         plan=_plan(_parse(_read(run / "plan.json")), curves),  # JSON is YAML too
         environment=_environment(starts),
@@ -156,9 +163,18 @@ def _tile(name: str, points: Points) -> str:
     """The latest value, of a noisy curve the latest mean."""
     title = "Waiting for data" if name == "time/data" else CHARTS[name][0]
     value = (smooth(points) if name in NOISY else points)[-1][1]
-    text = f"{value:.1%}" if name in ("mfu", "time/data") else short(value)
+    text = f"{value:.1%}" if name in SHARES else short(value)
     unit = " GB" if name == "peak_memory_gb" else ""
     return f"<div><small>{escape(title)}</small><b>{text}{unit}</b></div>"
+
+
+def _best(found: Row) -> str:
+    """A line on what out/best holds; "" where there is none."""
+    score, low, high, seen = (found.get(key) for key in ("score", "low", "high", "pictures"))
+    if not (_is_number(score) and _is_number(low) and _is_number(high) and _is_number(seen)):
+        return ""
+    text = f"{found.get('by')} {score:.1%} (95 % interval {low:.1%} to {high:.1%}) after {seen:,} pictures"
+    return f"<p>Best so far, in best/: {escape(text)}</p>"
 
 
 def _samples(folder: Path, recipe: Row) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,6 +23,7 @@ from diffusion.files import replacing_file
 from diffusion.recompute import recompute
 from pipelines.files import check_writable
 
+from .best import check_kept, recover
 from .checkpoint import Checkpoints
 from .checkpoint_files import folders
 from .checkpoint_files import load as load_checkpoint
@@ -46,9 +47,6 @@ from .zero import follow_weights
 
 class Phase(Watched, Protocol):
     """What is trained. The loop knows no more of it than this."""
-
-    def export(self, folder: Path) -> None:
-        """Writes the current weights as a diffusers folder."""
 
     def fingerprint(self) -> str:
         """A hash of what the weights rest on beyond recipe and data; "" for nothing."""
@@ -74,7 +72,7 @@ class Run:
     batches: Iterator[list[Sample]] = field(default_factory=lambda: iter(()))
     held_out: Samples = ()  # pictures that are never trained on
     seen: int = 0
-    owes: bool = False  # a signal came where the run was to look at itself; made up for when it goes on
+    owes: list[str] = field(default_factory=list)  # looks at itself that a signal cut short, made up for later
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -100,6 +98,11 @@ class Run:
             warnings.warn(
                 f"the snapshot of picture {self.seen} cannot be written: {error}; the run goes on", stacklevel=2
             )
+
+    def settle(self, look: Callable[[list[str]], list[str]]) -> None:
+        """Makes up for looks that the run owed where its checkpoint is. look: gives those that it still owes."""
+        self.owes = look([name for name in self.owes if self.recipe.validation.looks.get(name)])
+        self.checkpoints.amend(self.seen, {"owes": self.owes})
 
     def save(self, last: bool) -> None:
         """Writes a checkpoint. last: that it fails is an error at once, for no later one would make it good."""
@@ -131,6 +134,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
     resume(run)
     checkpoints.remove_leftovers(run.seen)
     if processes.first:
+        recover(recipe.out)
         remove_leftovers(recipe.out, run.seen >= recipe.pictures)
         with replacing_file(recipe.out / "recipe.yaml") as aside:
             aside.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -149,6 +153,8 @@ def open_folder(recipe: Recipe, processes: Processes) -> None:
             check_writable(recipe.out)
         except GazeError as error:
             raise GazeError(error.problem, "another place with out=DIR") from None
+        if recipe.validation.judges:
+            check_kept(recipe.out)
     check_shared(recipe.out, processes, "out")
     drawn = recipe.out / "drawn"
     goes_on = (drawn / "metadata.jsonl").is_file() and folders(recipe.out / "checkpoints")
@@ -214,7 +220,8 @@ def resume(run: Run) -> None:
     load_optimizer_tensors(run.optimizer, run.names, tensors["optimizer"])
     if "interval" in state:  # checkpoints of format 2 began without
         run.interval.load_state_dict(state["interval"])
-    run.owes = state.get("owes", False)  # none wrote it at first
+    owed = state.get("owes", False)  # none wrote it at first, and then there was one kind only
+    run.owes = ["validation"] * owed if isinstance(owed, bool) else owed
     if run.scaler is not None and "scaler" in state:
         run.scaler.load_state_dict(state["scaler"])
     run.seen = int(found.name)
@@ -242,9 +249,9 @@ def export(recipe: Recipe, width: float | None = None, source: Source | None = N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is left out has been said
             source = open_source(recipe)
-    uncached = recipe.model_copy(
-        update={"data": recipe.data.model_copy(update={"cache_latents": False, "cache_text": False})}
-    )
+    alone = {"data": recipe.data.model_copy(update={"cache_latents": False, "cache_text": False}),
+             "validation": recipe.validation.model_copy(update={"judges": ()})}  # fmt: skip
+    uncached = recipe.model_copy(update=alone)
     data = open_stream(uncached, source)
     phase = make_phase(uncached, data, Processes())
     own = belongs_to(recipe, data, phase)

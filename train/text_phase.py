@@ -10,7 +10,7 @@ encoder that learns through the U-Net alone learns slowly (docs/experiments.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from .cache import Latents
 from .choice import fingerprint
 from .config import Recipe
 from .data.stream import Sample, Stream
+from .judges import Judge
 from .model import make_text_encoder, open_autoencoder
 from .processes import Processes
 
@@ -47,6 +48,8 @@ class _Foretell(nn.Module):
 
 class TextPhase:
     """Squared error of the latents."""
+
+    judges: Mapping[str, Judge] = {}
 
     def __init__(self, recipe: Recipe, data: Stream, processes: Processes):
         if recipe.data.bucket_step:

@@ -9,8 +9,9 @@ import base64
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from pipelines.sheet import grid
 
 from .config import Recipe
 from .ema import EMA
+from .judges import Judge
 from .memory import is_lack_of_memory
 from .metrics import Metrics
 from .processes import Processes
@@ -41,7 +43,7 @@ class Samples(Protocol):
 
 
 class Watched(Protocol):
-    """The part of a phase that is looked at."""
+    """The part of a phase that is looked at, and kept where it is the best so far."""
 
     @property
     def module(self) -> nn.Module: ...
@@ -65,6 +67,13 @@ class Watched(Protocol):
     def pictures(self, numbers: Sequence[int]) -> Tensor:
         """The shown pictures of these numbers, BCHW in [-1, 1]."""
 
+    @property
+    def judges(self) -> Mapping[str, Judge]:
+        """Those of validation.judges, by name."""
+
+    def export(self, folder: Path) -> None:
+        """Writes the current weights as a diffusers folder."""
+
 
 def validate(
     recipe: Recipe,
@@ -75,18 +84,20 @@ def validate(
     metrics: Metrics,
     seen: int,
     stopping: Callable[[], bool],
-) -> None:
+) -> bool:
     """Logs the held-out losses and the phase's figures and writes a grid of its pictures, out/samples/SEEN.png.
 
     All processes call it. held_out: samples by position, none for no such loss. stopping: whether to leave early,
-    asked on all processes alike before each picture. What does not fit into memory is left out with a warning.
+    asked on all processes alike before each picture; the answer is then False, and nothing was logged or written.
+    What does not fit into memory is left out with a warning.
     """
-    devices = [processes.device] if processes.device.type == "cuda" else []
-    with ema.swapped(), gathered(phase.module), evaluating(phase.module), torch.random.fork_rng(devices):
+    with averaged(phase, ema, processes):
         values = held_out_losses(recipe, phase, held_out, processes, stopping)
         for figures in shared(1, lambda _: phase.figures(), processes, stopping) or []:
             values |= figures
         images = shared(phase.shown, lambda number: _packed(phase.pictures([number])), processes, stopping)
+    if stopping():
+        return False
     if values:
         metrics.log(seen, **values)
     if images and processes.first:
@@ -97,6 +108,16 @@ def validate(
                 sheet.save(aside, format="PNG")
         except OSError as error:
             warnings.warn(f"the grid of picture {seen} cannot be written: {error}; the run goes on", stacklevel=2)
+    return True
+
+
+@contextmanager
+def averaged(phase: Watched, ema: EMA, processes: Processes) -> Iterator[None]:
+    """Within the block the phase has the averaged weights, whole on every process, to be looked at only; after it all
+    is as before."""
+    devices = [processes.device] if processes.device.type == "cuda" else []
+    with ema.swapped(), gathered(phase.module), evaluating(phase.module), torch.random.fork_rng(devices):
+        yield
 
 
 def held_out_losses(
@@ -140,8 +161,9 @@ def shared(
         value, fits = _attempt(compute, min(first + processes.rank, count - 1))
         if processes.any(not fits):
             if processes.first:
-                warnings.warn("validation does not fit into memory and is left out; the run goes on "
-                              "(fewer validation.bins, or smaller pictures, need less)", stacklevel=2)  # fmt: skip
+                warnings.warn("validation does not fit into memory and is left out; the run goes on (fewer "
+                              "validation.bins, a smaller validation.judging.batch, or smaller pictures, need less)",
+                              stacklevel=2)  # fmt: skip
             return None
         found.append(value)
     rounds = processes.gather(found)

@@ -179,11 +179,12 @@ def _encode(recipe: Recipe, vae: Autoencoder, batch: int) -> None:
 
 class Cost(NamedTuple):
     """Of a forward and backward for one micro-batch. flops: of matrix products and convolutions, a multiplication and
-    an addition being two. model_flops: without what gradient checkpointing computes again. bytes: the most at once
-    beside the weights. kernels: how many make a result of their own."""
+    an addition being two. model_flops: without what gradient checkpointing computes again. forward_flops: of these, the
+    forward's. bytes: the most at once beside the weights. kernels: how many make a result of their own."""
 
     flops: int
     model_flops: int
+    forward_flops: int
     bytes: int
     kernels: int
 
@@ -194,7 +195,7 @@ def count(recipe: Recipe, batch: int, keep: bool = True) -> Cost:
     found = _trace(recipe, batch, keep)
     once = recipe.model_copy(update={"gradient_checkpointing": False})
     model = _trace(once, batch, keep) if recipe.gradient_checkpointing else found
-    return Cost(found.flops, model.flops, found.most, found.kernels)
+    return Cost(found.flops, model.flops, model.forward, found.most, found.kernels)
 
 
 def _trace(recipe: Recipe, batch: int, keep: bool) -> Tally:
@@ -205,6 +206,7 @@ def _trace(recipe: Recipe, batch: int, keep: bool) -> Tally:
     with Tally() as tally, AsOnGpu(tally, HALF.get(recipe.mixed_precision)):
         with torch.device("meta"):
             out = work.forward(batch)
+        tally.forward = tally.flops
         # Tensor.backward would leave the mode, and gradient checkpointing runs forward again within it.
         engine: Any = torch.autograd.Variable._execution_engine
         engine.run_backward((out,), (torch.empty_like(out),), False, False, (), accumulate_grad=True)
@@ -213,12 +215,12 @@ def _trace(recipe: Recipe, batch: int, keep: bool) -> Tally:
 
 class Tally(TorchDispatchMode):
     """Counts, within it, FLOPs by torch's own table, and the bytes of tensors that are made and still referred to.
-    most: the most of them at once. kernels: how often one was made."""
+    most: the most of them at once. kernels: how often one was made. forward: to be set, FLOPs up to some point."""
 
     def __init__(self) -> None:
         super().__init__()
         self.known = WeakIdKeyDictionary()
-        self.now = self.most = self.flops = self.kernels = 0
+        self.now = self.most = self.flops = self.forward = self.kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

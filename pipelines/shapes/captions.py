@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple
 
-from .world import Scene
+from .world import COLOURS, COUNTS, RELATIONS, SHAPES, SIZES, Scene
 
 # The first of each is said about every other time.
 SYNONYMS = {
@@ -54,6 +54,15 @@ def words(scene: Scene) -> list[Word]:
         start += count
     between = _say(random, scene.facts["relation"] or "and").split()
     return [*phrases[0], *(word for phrase in phrases[1:] for word in [*(Word(text, ()) for text in between), *phrase])]
+
+
+def vocabulary() -> set[str]:
+    """Every word that a caption may have."""
+    nouns, others = (
+        [text for name in names for text in SYNONYMS.get(name, (name,))]
+        for names in (SHAPES, [*COLOURS, *SIZES, *map(str, COUNTS), *RELATIONS, "and"])
+    )
+    return {"a", *nouns, *map(_plural, nouns), *" ".join(others).split()}
 
 
 def _say(random: Random, name: str) -> str:

@@ -13,9 +13,9 @@ from .judge import FACTS, check, see
 from .world import SKILLS, Facts, Scene, scene
 
 
-def exam(split: str = "heldout", n: int = 300) -> list[Scene]:
+def exam(split: str = "heldout", n: int = 300, seed: int = EXAM) -> list[Scene]:
     """The scenes whose captions are asked for, always the same, the skills in turn. GazeError: n < 6, no such split."""
-    return [scene(EXAM, index, split) for index in range(enough(n, SKILLS))]
+    return [scene(seed, index, split) for index in range(enough(n, SKILLS))]
 
 
 def ask(split: str, n: int) -> Exam:

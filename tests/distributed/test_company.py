@@ -47,6 +47,21 @@ def test_a_silent_process_is_named_sooner_where_an_operation_has_failed(clock, s
     assert code == EXIT_CODE
 
 
+def test_who_waits_for_ever_for_others_to_come_ends_and_says_so(monkeypatch, capsys):
+    left = threading.Event()
+    codes = []
+    monkeypatch.setattr(company.os, "_exit", lambda code: codes.append(code) or left.set())
+    with company.meeting():
+        (patience,) = (thread for thread in threading.enumerate() if isinstance(thread, threading.Timer))
+    assert patience.finished.is_set(), "all came"
+    assert codes == []
+    monkeypatch.setattr(company, "MEETING", 0.0)
+    with company.meeting():
+        assert left.wait(30)
+    assert codes == [EXIT_CODE]
+    assert capsys.readouterr().err.startswith("error: process 0 has waited for 0 minutes and not met all others")
+
+
 class Left(BaseException):
     """In the place of os._exit."""
 

@@ -138,11 +138,13 @@ def places(data: Data) -> dict[str, tuple[str, int]]:
         "accumulation": ("train.loop:backward", 2 * 5 + 2),
         "the end of an epoch": ("train.loop:backward", 2 * epoch // recipe.batch_size + 1),
         "validation": ("train.validation:_packed", 1),
+        "judges": ("pipelines.shapes.evaluation:see", 1),
     }
 
 
 def resumed(data: Data, together: int) -> Line:
-    """Killed, a run leaves what it would have left anyway; stopped by a signal in validation, without that grid."""
+    """Killed or stopped by a signal, also in validation or while judges look, a run leaves what it would have left
+    anyway."""
     ways = [*product((1, 2), (0, 2))]
     where = places(data)
 
@@ -155,9 +157,8 @@ def resumed(data: Data, together: int) -> Line:
         recipe, straight = recipe_of(f"{act} {place}", count, workers), recipe_of("straight", count, workers)
         victims, code = (EVERYONE, -signal.SIGKILL) if act == "killed" else ((count - 1,), STOPPED)
         found = [*finish(recipe, count, Disturbance(*where[place], act, victims)), *finish(recipe, count)]
-        look = left_by if act == "killed" else newest
         return differs(recipe.out, found, [code] * count + [0] * count) or differs(
-            recipe.out, look(recipe.out), look(straight.out)
+            recipe.out, left_by(recipe.out), left_by(straight.out)
         )
 
     with ThreadPoolExecutor(together) as pool:
@@ -203,10 +204,11 @@ def marked_validation(mark: Path, rank: int) -> None:
     """While the first process is in validation, the file is there."""
     validate = loop.validate
 
-    def marked(*arguments: Any, **options: Any) -> None:
+    def marked(*arguments: Any, **options: Any) -> bool:
         mark.touch()
-        validate(*arguments, **options)
+        done = validate(*arguments, **options)
         mark.unlink()
+        return done
 
     if rank == 0:
         loop.validate = marked
@@ -246,8 +248,9 @@ def watched_or_not(data: Data, together: int) -> Line:
     def one(case: tuple[str, int]) -> list[str]:
         phase, count = case
         vae = None if phase == "autoencoder" else data.vae
+        ways = {0: {"every": 0, "judges": []}, 16: {"every": 16}}
         off, on = (full_recipe(data.folder / f"{phase}-{count}-{every}", data.pictures, vae, phase=phase,
-                               validation={"every": every}) for every in (0, 16))  # fmt: skip
+                               validation=validation) for every, validation in ways.items())  # fmt: skip
         bad = differs(on.out, [*finish(off, count), *finish(on, count)], [0] * 2 * count)
         bad += differs(f"{on.out}, validation", newest(on.out), newest(off.out))
         grids = [(on.out / "samples" / f"{seen:012d}.png").is_file() for seen in range(16, 65, 16)]

@@ -42,7 +42,10 @@ def differs(where: object, found: Any, right: Any) -> list[str]:
 
 def full_recipe(folder: Path, pictures_in: Path | None, vae: Path | None, /, **changes: Any) -> Recipe:
     """A run (see `tiny_recipe`) with everything on that has a state or draws: micro-batches, averages of both kinds,
-    dropped captions, crops, mirroring, held-out losses and grids. Every step ends with a checkpoint and a row."""
+    dropped captions, crops, mirroring, held-out losses, grids and, in the diffusion phase, judges. Every step ends with
+    a checkpoint and a row."""
+    judging = {"every": 16, "prompts": 6, "batch": 4, "num_inference_steps": 1}
+    draws = changes.get("phase", "diffusion" if vae else "autoencoder") == "diffusion"
     values: dict[str, Any] = {
         "pictures": 64,
         "gradient_accumulation_steps": 2,
@@ -53,7 +56,13 @@ def full_recipe(folder: Path, pictures_in: Path | None, vae: Path | None, /, **c
         "data": {"cache_latents": False, "crop": "random", "flip": 0.5, "caption_dropout": 0.3, "held_out": 0.15},
         "model": {"defaults": {"num_inference_steps": 1, "guidance_scale": 2.0}},
         "objective": {"noises": 2, "offset_noise": 0.1},
-        "validation": {"every": 32, "prompts": ("red square", "a blue one"), "bins": 2},
+        "validation": {
+            "every": 32,
+            "prompts": ("red square", "a blue one"),
+            "bins": 2,
+            "judging": judging,
+            "judges": ["shapes"] * draws,
+        },
     }
     return tiny_recipe(folder, pictures_in, vae, **merged(values, changes))
 

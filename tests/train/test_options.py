@@ -85,6 +85,15 @@ ELSEWHERE = {
     "validation.prompts": "test_loop::test_validation_on_or_off_gives_the_same_bits",
     "validation.attention": "test_attention::test_a_run_logs_and_reports_it_and_changes_no_bit",
     "validation.bins": "test_validation::test_bins_and_pictures_are_what_the_recipe_says",
+    "validation.judges": "test_best::test_a_run_scores_keeps_and_trains_the_same_bits",
+    "validation.judging.every": "test_best::test_how_often_a_run_looks_at_itself",
+    "validation.judging.prompts": "test_judges::test_shapes_are_marked_as_gaze_evaluate_scores_them",
+    "validation.judging.split": "test_judges::test_shapes_are_marked_as_gaze_evaluate_scores_them",
+    "validation.judging.seed": "test_judges::test_each_picture_has_its_seed_and_the_settings",
+    "validation.judging.batch": "test_best::test_any_number_of_processes_finds_the_same_with_equally_many_calls",
+    "validation.judging.num_inference_steps": "test_judges::test_each_picture_has_its_seed_and_the_settings",
+    "validation.judging.guidance_scale": "test_judges::test_each_picture_has_its_seed_and_the_settings",
+    "validation.judging.best": "test_best::test_the_best_stays_until_weights_score_as_much",
     "validation.pictures": "test_validation::test_bins_and_pictures_are_what_the_recipe_says",
 }
 

@@ -16,7 +16,7 @@ from train import plan as planning
 from train.config import Recipe
 from train.devices import DEVICES, device_here, find_device, mfu
 from train.optimizer import make_optimizer, parameter_groups
-from train.plan import compare, plan, state_bytes, step_seconds, utilization
+from train.plan import compare, drawn, plan, state_bytes, step_seconds, table, utilization
 from train.processes import Processes
 from train.rehearsal import Rehearsal, rehearse
 from train.workload import Cost, Tally, count, make_workload
@@ -178,10 +178,30 @@ def test_stable_diffusion_takes_what_is_published(diffusion):
 # Time
 
 
+def test_what_judges_have_drawn_is_told_beside_the_time(diffusion):
+    judging = {"prompts": 6, "num_inference_steps": 3, "guidance_scale": 1}
+
+    def recipe(**changes):
+        return diffusion(validation={"every": 60, "judges": ["shapes"], "judging": judging | changes})
+
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        make_workload(diffusion(), CPU).forward(BATCH)
+    cost, forward = count(diffusion(), BATCH), counter.get_total_flops()
+    once = drawn(recipe(), cost)
+    assert once == pytest.approx(6 * 2 / 80 * 3 * forward), "after 60 pictures and at the end, 80"
+    assert drawn(recipe(every=20, guidance_scale=2), cost) == pytest.approx(4 * once)
+    assert drawn(recipe(guidance_scale=None, num_inference_steps=None), cost) == pytest.approx(100 / 3 * once)
+    assert drawn(diffusion(), cost) == 0
+    found = plan(recipe(), "h100")
+    assert found["judges"] == pytest.approx(once / cost.model_flops)
+    assert "judges      0.15 times the arithmetic of training" in table(found)
+    assert "judges" not in table(found | {"judges": 0.0})
+
+
 def test_a_steps_time_is_its_arithmetic_unless_kernels_or_gradients_are_slower(diffusion):
     recipe, device = diffusion(mixed_precision="bf16"), DEVICES["h100"]
     rate = 0.37 * 989e12
-    long, short = Cost(10**15, 10**15, 0, 1000), Cost(10**9, 10**9, 0, 1000)
+    long, short = Cost(10**15, 10**15, 0, 0, 1000), Cost(10**9, 10**9, 0, 0, 1000)
     assert step_seconds(device, recipe, long, 0, 0, 1) == pytest.approx(1e15 / rate)
     assert step_seconds(device, recipe, long, 1e15, 0, 1) == pytest.approx(2e15 / rate)
     assert step_seconds(device, diffusion(), long, 0, 0, 1) == pytest.approx(1e15 / (0.37 * 67e12))

@@ -117,6 +117,22 @@ def test_while_the_run_goes_on(run):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text.lower())
 
 
+def test_scores_have_a_chart_by_skill_and_the_best_a_line(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"pictures": 80, "shapes": 0.5, "shapes/counting": 0.25, "shapes/two_objects": 0.75}\n')
+    (run / "best").mkdir()
+    found = {"by": HOSTILE, "score": 0.75, "low": 0.5, "high": 0.9, "pictures": 12_000}
+    (run / "best" / "score.json").write_text(json.dumps(found))
+    page = Page(write_report(run).read_text())
+    assert "Shapes" in [svg["aria-label"] for svg in page.all("svg")]
+    assert {"counting", "two objects"} <= {line["data-name"] for line in page.all("polyline", "curve")}
+    said = f"Best so far, in best/: {HOSTILE} 75.0% (95 % interval 50.0% to 90.0%) after 12,000 pictures"
+    assert said in "".join(page.texts["p"])
+    assert page.texts["b"][0] == "50.0%"
+    (run / "best" / "score.json").write_text('{"score": "high"}')
+    assert "Best so far" not in write_report(run).read_text()
+
+
 def test_the_plan_stands_beside_what_was_measured(run):
     assert "planned" not in write_report(run).read_text()
     (run / "plan.json").write_text(json.dumps({"pictures_per_second": 10.0, "memory": {"peak": 1.5e9}, "mfu": 0.3}))
