@@ -139,7 +139,10 @@ def export(words: list[str]) -> int:
     from .config import load_recipe
     from .run import export as write
 
-    print(write(load_recipe(arguments.run / "recipe.yaml", [f"out={arguments.run}"]), arguments.ema_width))
+    resolved = arguments.run / "recipe.yaml"
+    if not resolved.is_file():
+        raise GazeError(f"{str(arguments.run)!r} is no run: it holds no recipe.yaml", "the folder of a run, its `out`")
+    print(write(load_recipe(resolved, [f"out={json.dumps(str(arguments.run))}"]), arguments.ema_width))
     return 0
 
 

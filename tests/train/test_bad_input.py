@@ -88,6 +88,23 @@ def test_what_the_machine_lacks_is_said_in_two_lines(ask, monkeypatch, error, co
     assert hint in tried
 
 
+@pytest.mark.parametrize(
+    "words, says, hint",
+    [
+        (["export", "{0}/pictures"], "is no run", "the folder of a run"),
+        (["data", "check", "{0}", "--workers", "-3"], "--workers is -3", "0 to 1024"),
+        (["data", "pack", "{0}/pictures", "{0}/recipe.yaml"], "recipe.yaml' cannot be written", "another folder"),
+    ],
+)
+def test_what_the_other_commands_cannot_do_is_said(tmp_path, ask, words, says, hint):
+    make_pictures(tmp_path / "pictures")
+    name, *others = (word.format(tmp_path) for word in words)
+    code, problem, tried = ask(*others, config=name)
+    assert code == 1
+    assert says in problem
+    assert tried.startswith(hint)
+
+
 @pytest.mark.parametrize("name", ["export", "report", "plan"])
 def test_a_full_disk_is_said_by_every_command(tmp_path, ask, monkeypatch, name):
     """Of the file that it writes, when it comes to write."""
