@@ -91,6 +91,11 @@ def run(words: list[str]) -> int:
             print(f"stopped {where}; the same command goes on from there", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("DataLoader worker"):
+            raise WorkerGone(
+                f"a process that decodes pictures is gone: {error}",
+                "the same command goes on from the last checkpoint; where memory was short, with fewer data.workers",
+            ) from error
         if not is_lack_of_memory(error):
             raise
         raise GazeError(
@@ -101,6 +106,12 @@ def run(words: list[str]) -> int:
     if RANK == 0:
         print(folder)
     return 0
+
+
+class WorkerGone(GazeError):
+    """A worker of the data was killed, most often by the system for want of memory."""
+
+    exit_code = 75
 
 
 class DiskFailed(GazeError):

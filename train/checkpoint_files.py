@@ -171,7 +171,10 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError, KeyError or TypeError when it is not what was written, or of another format."""
     content = (path / MANIFEST).read_bytes()
-    manifest = json.loads(content)
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is no JSON: {error}") from None
     version, _ = manifest["format"], manifest.pop("sha256", None)
     if version != FIRST and content != _sealed(manifest):
         raise ValueError(f"{MANIFEST} changed since it was written")

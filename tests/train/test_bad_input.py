@@ -69,6 +69,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path, ask, given):
     "error, code, says, hint",
     [
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory does not suffice", "plan"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 75, "is gone", "fewer data.workers"),
         (MemoryError(), 1, "memory does not suffice", "gradient_checkpointing=true"),
         (OSError(28, "No space left on device", "runs/x/recipe.yaml"), 74, "runs/x/recipe.yaml: No space left", "free"),
         (OSError(5, "Input/output error", "runs/x"), 74, "runs/x: Input/output error", "repair the disk"),
