@@ -377,6 +377,7 @@ def agree(folder, **first):
         ({"sha256": "0"}, "sha256"),
         ({"height": 0}, "height"),
         ({"repeats": 1.5}, "repeats"),
+        ({"repeats": 2**32}, "repeats"),
         ({"more": 1}, "more"),
     ],
 )
