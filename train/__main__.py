@@ -91,6 +91,11 @@ def run(words: list[str]) -> int:
             print(f"stopped {where}; the same command goes on from there", file=sys.stderr)
         return 130
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("DataLoader worker"):
+            raise WorkerGone(
+                f"a process that decodes pictures is gone: {error}",
+                "the same command goes on from the last checkpoint; where memory was short, with fewer data.workers",
+            ) from error
         if not is_lack_of_memory(error):
             raise
         raise GazeError(
@@ -101,6 +106,12 @@ def run(words: list[str]) -> int:
     if RANK == 0:
         print(folder)
     return 0
+
+
+class WorkerGone(GazeError):
+    """A worker of the data was killed, most often by the system for want of memory."""
+
+    exit_code = 75
 
 
 class DiskFailed(GazeError):
@@ -139,7 +150,10 @@ def export(words: list[str]) -> int:
     from .config import load_recipe
     from .run import export as write
 
-    print(write(load_recipe(arguments.run / "recipe.yaml", [f"out={arguments.run}"]), arguments.ema_width))
+    resolved = arguments.run / "recipe.yaml"
+    if not resolved.is_file():
+        raise GazeError(f"{str(arguments.run)!r} is no run: it holds no recipe.yaml", "the folder of a run, its `out`")
+    print(write(load_recipe(resolved, [f"out={json.dumps(str(arguments.run))}"]), arguments.ema_width))
     return 0
 
 

@@ -71,7 +71,8 @@ class Checkpoints:
         """The newest checkpoint (newer than `after`) that verifies, or None without any. Broken ones are named in a
         warning, passed over.
 
-        Raises GazeError when there are some but none verifies: to begin anew is for the user to decide.
+        Raises GazeError when there are some but none verifies: to begin anew is for the user to decide; and for one of
+        a later version of Gaze, which a save of this one would replace.
         """
         names = self.processes.gather([path.name for path in files.folders(self.folder, after)])[0]
         problems = []
@@ -79,6 +80,11 @@ class Checkpoints:
             problem = files.verify(path, self.processes)
             if problem is None:
                 return path
+            if self.processes.gather(files.is_later(path))[0]:
+                raise GazeError(
+                    f"checkpoint {path} cannot be used: {problem}",
+                    "the version that wrote it; or here another out=DIR",
+                )
             self.broken.add(path)
             self._warn(f"checkpoint {path} is passed over: {problem}")
             problems.append(problem)

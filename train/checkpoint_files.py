@@ -39,12 +39,27 @@ Tensors = dict[str, dict[str, Tensor]]  # file stem -> tensors by name
 K = TypeVar("K", str, tuple[str, str])
 
 
+class Later(ValueError):
+    """The checkpoint is sound, and in the format of a later version."""
+
+
 def verify(path: Path, processes: Processes = ALONE) -> str | None:
     """None when every file is to the bit what the manifest says, and that what was written, else what is wrong.
 
     Every process calls it, hashes a share of the files and gets the same answer.
     """
     return next(filter(None, processes.gather(_problem(path, processes))), None)
+
+
+def is_later(path: Path) -> bool:
+    """Whether a later version wrote it, for which this one must neither take it for broken nor replace it."""
+    try:
+        _read_manifest(path)
+    except Later:
+        return True
+    except Exception:  # it is broken in some other way, of which `verify` tells
+        return False
+    return False
 
 
 def load(path: Path, own: Mapping[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -179,13 +194,16 @@ def _sealed(manifest: Mapping[str, Any]) -> bytes:
 def _read_manifest(path: Path) -> dict[str, Any]:
     """Raises ValueError, KeyError or TypeError when it is not what was written, or of another format."""
     content = (path / MANIFEST).read_bytes()
-    manifest = json.loads(content)
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{MANIFEST} is no JSON: {error}") from None
     version, _ = manifest["format"], manifest.pop("sha256", None)
     if version != FIRST and content != _sealed(manifest):
         raise ValueError(f"{MANIFEST} changed since it was written")
     if version != FORMAT:
-        age = "a later" if version > FORMAT else "an earlier"
-        raise ValueError(f"it has format {version}, of {age} version of Gaze, and this one reads {FORMAT}")
+        age, kind = ("a later", Later) if version > FORMAT else ("an earlier", ValueError)
+        raise kind(f"it has format {version}, of {age} version of Gaze, and this one reads {FORMAT}")
     return manifest
 
 

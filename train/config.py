@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator, with_config
+from typing_extensions import TypedDict  # before Python 3.12 pydantic does not take typing's
 
 from diffusion.errors import GazeError, nearest
 
@@ -90,6 +91,15 @@ class Lora(Section):
     )  # fmt: skip
 
 
+@with_config(extra="forbid")
+class Defaults(TypedDict, total=False):
+    """What a model suggests; values as the pipeline takes them, which checks them before the run begins."""
+
+    num_inference_steps: Any
+    guidance_scale: Any
+    scheduler: Any
+
+
 class Model(Section):
     init_from: str | None = None  # folder, single file or hub name of a model to fine-tune; its own config then counts
     # patterns of parameter names, as "unet.*attn2*"; None = all that is fresh, and the U-Net alone with init_from
@@ -104,7 +114,7 @@ class Model(Section):
     mask_padding: bool = False  # hide the tokens past a prompt's end from the U-Net
     scheduler: dict[str, Any] = {}  # diffusers' scheduler_config.json: what is predicted, and at which noise levels
     save_as: Literal["float32", "float16"] = "float32"  # the exported weights
-    defaults: dict[str, Any] = {}  # steps, guidance scale and sampler to suggest with the model
+    defaults: Defaults = {}  # steps, guidance scale and sampler to suggest with the model
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
@@ -153,6 +163,12 @@ class Ema(Section):
     half_life: NotNegative = 10_000  # pictures; 0 = no averaging
     snapshots_every: NotNegative = 0  # pictures between snapshots for post-hoc averages; 0 = none
     widths: tuple[Annotated[Real, Field(gt=0, lt=0.28)], ...] = (0.05, 0.10)  # of the power functions in them
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Ema:
+        if self.snapshots_every and not self.widths:
+            raise ValueError("snapshots_every is set, but widths is empty: nothing would be stored")
+        return self
 
 
 class Judging(Section):
@@ -258,7 +274,9 @@ _MAY_CHANGE: dict[str, Any] = dict.fromkeys(
 
 
 # Where pydantic's own words speak of Python.
-SAYS = {"extra_forbidden": "there is no such key", "missing": "it is missing", "tuple_type": "give a list, as [a, b]"}
+SECTION = "give its keys, as {key: value}, or leave it out"
+SAYS = {"extra_forbidden": "there is no such key", "missing": "it is missing", "tuple_type": "give a list, as [a, b]",
+        "model_type": SECTION, "dict_type": SECTION}  # fmt: skip
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -356,5 +374,5 @@ def _hint(error: ValidationError) -> str:
             section: Any = Recipe
             for parent in parents:
                 section = section.model_fields[parent].annotation
-            return nearest(key, section.model_fields)
+            return nearest(key, section.__annotations__)
     return "the keys and their meanings stand in train/config.py"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diffusion.errors import GazeError
 
+from .alone import alone
 from .best import judge, said
 from .company import Company
 from .config import Recipe
@@ -56,7 +57,7 @@ def train(recipe: Recipe) -> Path:
     check_trackers(recipe.trackers)
     accelerator = make_accelerator(recipe)
     processes = processes_of(accelerator)
-    with Company(processes) as company:
+    with Company(processes) as company, alone(recipe.out, processes):
         run = prepare(recipe, accelerator, processes)
         with open_metrics(run) as metrics, StopSignal() as stop:
             lap = metrics.watch.lap

@@ -136,7 +136,7 @@ def overridden(scheduler: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]
 
 def suggested(options: config.Model) -> dict[str, Any]:
     """What the pipeline does where it is not told otherwise; what it has to do as training does goes with it."""
-    return options.defaults | ({"mask_padding": True} if options.mask_padding else {})
+    return {**options.defaults, **({"mask_padding": True} if options.mask_padding else {})}
 
 
 def open_autoencoder(options: config.Model) -> Autoencoder:

@@ -105,7 +105,7 @@ def render(run: Path, rows: list[Row]) -> str:
         charts="".join(_charts(curves, [start["pictures"] for start in starts if start["pictures"]])),
         best=_best(_parse(_read(run / "best" / "score.json"))),
         samples=_samples(run / "samples", recipe),
-        plan=_plan(_parse(_read(run / "plan.json")), curves),  # JSON is YAML too
+        plan=_plan(_parse(_read(run / "plan.json")), curves, starts),  # JSON is YAML too
         environment=_environment(starts),
         recipe=escape(recipe_text),
     )
@@ -200,12 +200,17 @@ def _samples(folder: Path, recipe: Row) -> str:
     return f'<section id="samples"><h2>Samples</h2>{slider}{"".join(figures)}{prompts_text}</section>'
 
 
-def _plan(plan: Row, curves: dict[str, list[tuple[float, float]]]) -> str:
-    """What plan.json foretold beside what was measured; "" where nothing can be compared."""
+def _plan(plan: Row, curves: dict[str, list[tuple[float, float]]], starts: list[Row]) -> str:
+    """What plan.json foretold beside what was measured; "" where nothing can be compared, as with a plan for another
+    number of devices. On a CPU the memory measured is that of the whole process, libraries too, and no figure of it."""
+    last = starts[-1] if starts else {}
+    if plan.get("count", last.get("processes")) != last.get("processes"):
+        return ""
     memory = plan.get("memory")
     peak = memory.get("peak") if isinstance(memory, dict) else None
     planned = {"pictures_per_second": plan.get("pictures_per_second"), "mfu": plan.get("mfu")}
-    planned |= {"peak_memory_gb": peak / 1e9 if _is_number(peak) else None}
+    if " cpu with " not in _text(last.get("devices", "")):  # as environment.py describes one
+        planned |= {"peak_memory_gb": peak / 1e9 if _is_number(peak) else None}
     rows = []
     for name, value in planned.items():
         if name in curves and _is_number(value) and value:

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from diffusion.errors import GazeError
 from diffusion.files import replacing_file
 from diffusion.recompute import recompute
-from pipelines.files import check_writable
 
 from .best import check_kept, recover
 from .checkpoint import Checkpoints
@@ -147,14 +146,9 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
 
 
 def open_folder(recipe: Recipe, processes: Processes) -> None:
-    """Makes the run's folder, which all processes must see, and the pictures in it that the recipe asks to draw."""
-    if processes.first:
-        try:
-            check_writable(recipe.out)
-        except GazeError as error:
-            raise GazeError(error.problem, "another place with out=DIR") from None
-        if recipe.validation.judges:
-            check_kept(recipe.out)
+    """Proves that all processes see the run's folder, and makes the pictures in it that the recipe asks to draw."""
+    if processes.first and recipe.validation.judges:
+        check_kept(recipe.out)
     check_shared(recipe.out, processes, "out")
     drawn = recipe.out / "drawn"
     goes_on = (drawn / "metadata.jsonl").is_file() and folders(recipe.out / "checkpoints")

@@ -69,6 +69,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path, ask, given):
     "error, code, says, hint",
     [
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "memory does not suffice", "plan"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), 75, "is gone", "fewer data.workers"),
         (MemoryError(), 1, "memory does not suffice", "gradient_checkpointing=true"),
         (OSError(28, "No space left on device", "runs/x/recipe.yaml"), 74, "runs/x/recipe.yaml: No space left", "free"),
         (OSError(5, "Input/output error", "runs/x"), 74, "runs/x: Input/output error", "repair the disk"),
@@ -86,6 +87,23 @@ def test_what_the_machine_lacks_is_said_in_two_lines(ask, monkeypatch, error, co
     assert problem.startswith("error: ")
     assert says in problem
     assert hint in tried
+
+
+@pytest.mark.parametrize(
+    "words, says, hint",
+    [
+        (["export", "{0}/pictures"], "is no run", "the folder of a run"),
+        (["data", "check", "{0}", "--workers", "-3"], "--workers is -3", "0 to 1024"),
+        (["data", "pack", "{0}/pictures", "{0}/recipe.yaml"], "recipe.yaml' cannot be written", "another folder"),
+    ],
+)
+def test_what_the_other_commands_cannot_do_is_said(tmp_path, ask, words, says, hint):
+    make_pictures(tmp_path / "pictures")
+    name, *others = (word.format(tmp_path) for word in words)
+    code, problem, tried = ask(*others, config=name)
+    assert code == 1
+    assert says in problem
+    assert tried.startswith(hint)
 
 
 @pytest.mark.parametrize("name", ["export", "report", "plan"])

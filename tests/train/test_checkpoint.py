@@ -316,15 +316,33 @@ def test_a_file_that_does_not_belong_is_found(tmp_path):
     assert "16 pictures under another name" in verify(path)
 
 
-@pytest.mark.parametrize("version, age", [(1, "an earlier"), (3, "a later")])
-def test_another_format_is_named(tmp_path, version, age):
+def test_an_earlier_format_is_named(tmp_path):
     (path,) = write(tmp_path, 8)
-    manifest = {"format": version, "pictures": 8, "files": {}}
-    written = json.dumps(manifest) if version == 1 else checkpoint_files._sealed(manifest).decode()
-    (path / MANIFEST).write_text(written)
-    assert f"format {version}, of {age} version" in verify(path)
-    with pytest.warns(UserWarning, match=f"passed over.*{age}"), pytest.raises(GazeError, match=f"none of.*{age}"):
+    (path / MANIFEST).write_text(json.dumps({"format": 1, "pictures": 8, "files": {}}))
+    assert "format 1, of an earlier version" in verify(path)
+    with (
+        pytest.warns(UserWarning, match=r"passed over.*an earlier"),
+        pytest.raises(GazeError, match=r"none of.*an earlier"),
+    ):
         newest(tmp_path)
+
+
+def test_a_checkpoint_of_a_later_version_is_neither_passed_over_nor_replaced(tmp_path):
+    _, path = write(tmp_path, 8, 16)
+    (path / MANIFEST).write_bytes(checkpoint_files._sealed({"format": 3, "pictures": 16, "files": {}}))
+    assert "format 3, of a later version" in verify(path)
+    with pytest.raises(GazeError, match=f"{path} cannot be used: it has format 3, of a later version") as error:
+        newest(tmp_path)
+    assert "another out=DIR" in error.value.hint
+    (path / MANIFEST).write_text(json.dumps({"format": 3, "pictures": 16, "files": {}}))
+    with pytest.warns(UserWarning, match="changed since it was written"):
+        assert newest(tmp_path).name == "000000000008", "a flipped bit makes a 3 of a 2"
+
+
+def test_a_manifest_that_is_no_json_is_named(tmp_path):
+    (path,) = write(tmp_path, 8)
+    (path / MANIFEST).write_text("x")
+    assert verify(path).startswith("manifest.json is no JSON")
 
 
 def test_with_none_whole_the_user_decides(tmp_path):

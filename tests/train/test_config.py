@@ -35,6 +35,7 @@ def minimal(tmp_path: Path) -> Path:
         ("optimiser.learning_rate=1", "optimiser", "optimizer"),
         ("model.text.window_size=8", "model.text.window_size", "window"),
         ("epochs=3", "epochs", ""),
+        ("model.defaults.guidence_scale=3", "model.defaults.guidence_scale", "guidance_scale"),
     ],
 )
 def test_an_unknown_key_is_answered_with_the_nearest_right_one(minimal, override, key, guess):
@@ -100,7 +101,10 @@ def test_an_override_is_named_where_it_replaces_a_line(minimal):
         ("model.text.heads=5", "192 does not divide into 5"),
         ("validation.every=100", "validation.prompts is empty"),
         ("data.drawn=5", "give one of folder"),
-        ("data=pictures", "data"),
+        ("data=pictures", "data (on the command line): give its keys"),
+        ("optimizer=", "optimizer (on the command line): give its keys"),
+        ("model.unet=3", "model.unet (on the command line): give its keys"),
+        ("ema={snapshots_every: 8, widths: []}", "widths is empty"),
     ],
 )
 def test_a_wrong_value_is_named(minimal, override, key):

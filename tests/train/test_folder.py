@@ -73,6 +73,7 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
         ({"file_name": "a.png", "text": ["a", None]}, "caption"),
         ({"file_name": "a.png", "text": "a", "repeats": -1}, "repeats"),
         ({"file_name": "a.png", "text": "a", "repeats": "2"}, "repeats"),
+        ({"file_name": "a.png", "text": "a", "repeats": 2**32}, "repeats is 4294967296"),
         ({"file_name": "../a.png", "text": "a"}, "outside"),
         ({"file_name": "/etc/a.png", "text": "a"}, "outside"),
     ],

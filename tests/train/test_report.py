@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -15,6 +16,7 @@ from diffusion.errors import GazeError
 from tests.train.tiny import tiny_recipe
 from train import __main__ as command
 from train.charts import MOST, chart, short, smooth, thin
+from train.environment import describe
 from train.report import MOST_GRIDS, write_report
 
 HOSTILE = "</pre><script>alert(1)</script><img src=http://x.example onerror=alert(2)> & \"'"
@@ -138,6 +140,20 @@ def test_the_plan_stands_beside_what_was_measured(run):
     (run / "plan.json").write_text(json.dumps({"pictures_per_second": 10.0, "memory": {"peak": 1.5e9}, "mfu": 0.3}))
     cells = Page(write_report(run).read_text()).texts["td"]
     assert cells[:8] == ["Pictures per second", "10", "8", "-20%", "Peak memory", "1.5", "1.5", "+0%"]
+
+
+def test_a_plan_is_compared_with_what_it_is_a_plan_of(run):
+    """Not with another number of devices; and on a CPU the memory that was measured is that of all libraries too."""
+    known = {"pictures_per_second": 10.0, "memory": {"peak": 1.5e9}}
+    (run / "plan.json").write_text(json.dumps({**known, "count": 8}))
+    assert "planned" not in write_report(run).read_text()
+    (run / "plan.json").write_text(json.dumps({**known, "count": 2}))
+    (run / "environment.jsonl").write_text(
+        json.dumps({"pictures": 0, "processes": 2, "devices": [describe(torch.device("cpu"))]}) + "\n"
+    )
+    cells = Page(write_report(run).read_text()).texts["td"]
+    assert cells[:4] == ["Pictures per second", "10", "8", "-20%"]
+    assert "Peak memory" not in cells
 
 
 def test_a_run_of_many_grids_shows_some_of_all_of_it(tmp_path):

@@ -377,6 +377,7 @@ def agree(folder, **first):
         ({"sha256": "0"}, "sha256"),
         ({"height": 0}, "height"),
         ({"repeats": 1.5}, "repeats"),
+        ({"repeats": 2**32}, "repeats"),
         ({"more": 1}, "more"),
     ],
 )
@@ -538,6 +539,37 @@ def test_a_network_that_fails_for_a_while_is_asked_again(url, tmp_path, monkeypa
     monkeypatch.setattr(remote, "_download", lambda *_: (_ for _ in ()).throw(ConnectionResetError("reset by peer")))
     with pytest.raises(GazeError, match="ConnectionResetError: reset by peer"):
         Shards(url, tmp_path)[COUNT - 1]
+
+
+class Answer(Exception):
+    """As aiohttp's error of a status."""
+
+    def __init__(self, status):
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    "cause, asked",
+    [
+        (ConnectionRefusedError("refused"), 3),
+        (Answer(503), 3),
+        (Answer(404), 1),
+        (None, 1),
+        (FileNotFoundError("x"), 1),
+    ],
+)
+def test_over_http_a_server_that_does_not_answer_is_asked_again(impatient, monkeypatch, cause, asked):
+    """Of all that happens over HTTP fsspec says that there is no such file, and only the cause tells."""
+    attempts = []
+
+    def fail(url):
+        attempts.append(url)
+        raise FileNotFoundError(url) from cause
+
+    monkeypatch.setattr(remote, "_read", fail)
+    with pytest.raises(GazeError, match=type(cause or FileNotFoundError()).__name__):
+        remote.fetch_text("http://x.example/manifest.json")
+    assert len(attempts) == asked
 
 
 def test_the_oldest_make_room(url, tmp_path, monkeypatch):

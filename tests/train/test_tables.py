@@ -78,6 +78,7 @@ def test_rows_without_picture_or_caption_are_left_out(tmp_path):
         ({"image": [{"path": "a.png"}] * 10}, "'image' holds struct<path: string>, not the content"),
         ({"text": list(range(10))}, "row 0: '0' is neither a caption"),
         ({"repeats": [-1] * 10}, "row 0: repeats is -1"),
+        ({"repeats": [2**32] * 10}, "row 0: repeats is 4294967296"),
         ({"repeats": [1] * 9 + [None]}, "row 9: repeats is None"),
     ],
 )

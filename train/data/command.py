@@ -14,6 +14,8 @@ from typing import Any
 
 from diffusion.errors import GazeError, nearest
 
+MOST_WORKERS = 1024  # as data.workers of a recipe
+
 USAGE = """\
 python -m train data emoji OUT [--languages en fr]           build the emoji data
 python -m train data scenes OUT --count 10000 [--size 128]   draw scenes of emoji, captioned in English and French
@@ -202,6 +204,8 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Any]:
     from ..config import Data
     from .open import data_at, open_place
 
+    if not 0 <= arguments.workers <= MOST_WORKERS:
+        raise GazeError(f"--workers is {arguments.workers}", f"0 to {MOST_WORKERS} processes")
     options = {name: getattr(arguments, name) for name in ("image_column", "text_column", "split")}
     with tempfile.TemporaryDirectory() as cache:
         yield open_place(Data.model_validate({**options, **data_at(arguments.source)}), Path(cache))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffusion.errors import GazeError
 
-from .source import LARGEST, Entry, Listed
+from .source import LARGEST, MOST_REPEATS, Entry, Listed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
@@ -87,8 +87,8 @@ def entry_of(metadata: Path, root: Path, number: int, line: bytes) -> tuple[str,
     captions = [] if text is None else [text] if isinstance(text, str) else text
     if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
         raise GazeError(f"{where}: text is neither a caption nor a list of captions", "put it in quotes")
-    if type(repeats) is not int or repeats < 0:
-        raise GazeError(f"{where}: repeats is {repeats!r}", "a whole number, 0 leaves the picture out")
+    if type(repeats) is not int or not 0 <= repeats <= MOST_REPEATS:
+        raise GazeError(f"{where}: repeats is {repeats!r}", f"0 to {MOST_REPEATS}; 0 leaves the picture out")
     if not file.is_relative_to(root):
         raise GazeError(f"{where}: {name!r} lies outside the folder", "move the picture into the folder")
     return name, Entry(_text(name), tuple(map(_text, captions)), repeats)

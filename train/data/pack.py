@@ -35,7 +35,10 @@ def pack(place: Place, out: Path, shard_size: int = 10_000, workers: int = 0) ->
     if shard_size < 1:
         raise GazeError(f"the shard size is {shard_size}", "--shard-size 10000")
     plan = {"format": FORMAT, "source": place.fingerprint(), "shard_size": shard_size}
-    check_writable(out)
+    try:
+        check_writable(out)
+    except GazeError as error:
+        raise GazeError(error.problem, "another folder") from None
     _require_same(out, plan)
     try:
         write_flushed(out / PLAN, [json.dumps(plan).encode()])

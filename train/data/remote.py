@@ -19,6 +19,7 @@ from .source import need
 SPARE = 2**30  # bytes that stay free on the disk
 PAUSES = (1.0, 5.0, 25.0)  # seconds before each further attempt
 PIECE = 2**20  # bytes
+GONE = (404, 410)  # of HTTP: asking again would not help
 
 T = TypeVar("T")
 
@@ -71,12 +72,18 @@ def _insist(url: str, action: Callable[[], T]) -> T:
         except GazeError:
             raise
         except Exception as error:  # each protocol has errors of its own
-            if pause is None or isinstance(error, FileNotFoundError):
+            reason = _reason(error)
+            if pause is None or isinstance(reason, FileNotFoundError) or getattr(reason, "status", None) in GONE:
                 raise GazeError(
-                    f"{url} cannot be read: {type(error).__name__}: {error}", "check the address and the network"
+                    f"{url} cannot be read: {type(reason).__name__}: {reason}", "check the address and the network"
                 ) from None
             time.sleep(pause)
     raise AssertionError("the last attempt returns or raises")
+
+
+def _reason(error: Exception) -> BaseException:
+    """fsspec calls whatever happened over HTTP a file that is not there, also a server that does not answer."""
+    return error.__cause__ or error if isinstance(error, FileNotFoundError) else error
 
 
 def _download(url: str, file: Path, size: int, sha256: str) -> None:

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from diffusion.errors import GazeError
 
 from .remote import fetch, fetch_text, is_url
-from .source import LARGEST, Record, digest
+from .source import LARGEST, MOST_REPEATS, Record, digest
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -66,7 +66,7 @@ class Line(_Strict):
     suffix: Annotated[str, Field(pattern=f"^({'|'.join(SUFFIXES)})$")]
     name: str
     captions: Annotated[tuple[str, ...], Field(min_length=1)]
-    repeats: Count
+    repeats: Annotated[int, Field(ge=0, le=MOST_REPEATS)]
     offset: Count
     size: Annotated[int, Field(gt=0, le=LARGEST)]
     sha256: Hash

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol
 from diffusion.errors import GazeError
 
 LARGEST = 2**28  # bytes of a picture's file; a film with a picture's name must not fill the memory
+MOST_REPEATS = 2**32 - 1  # that buckets have room for
 
 
 class Entry(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 from diffusion.errors import GazeError, nearest
 
-from .source import Entry, Listed, need
+from .source import MOST_REPEATS, Entry, Listed, need
 
 GROUPS = 4  # row groups of pictures that a process keeps in memory
 REPEATS = "repeats"
@@ -65,8 +65,8 @@ class Table(Listed):
         repeats = rows[REPEATS].to_pylist() if repeated else [1] * len(texts)
         for row, (text, times) in enumerate(zip(texts, repeats, strict=True)):
             where = f"{name}, row {row}"
-            if times is None or times < 0:
-                raise GazeError(f"{where}: repeats is {times!r}", "a whole number, 0 leaves the picture out")
+            if times is None or not 0 <= times <= MOST_REPEATS:
+                raise GazeError(f"{where}: repeats is {times!r}", f"0 to {MOST_REPEATS}; 0 leaves the picture out")
             self.entries.append(Entry(where, captions_of(text, where), times))
         self.groups += [(str(file), group) for group in range(len(sizes))]
         self.sizes += sizes
