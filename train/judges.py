@@ -16,8 +16,8 @@ from diffusion.pretrained import Model
 from diffusion.prompts import escape
 from pipelines.evaluation import ENGLISH, FOLDERS, ask
 from pipelines.judges.verdict import Verdict
-from pipelines.shapes.captions import caption, vocabulary
-from pipelines.shapes.evaluation import exam, judge_of
+from pipelines.shapes import evaluation as plain_shapes
+from pipelines.shapes.captions import vocabulary
 from pipelines.skills import EXAM
 from pipelines.text_to_image import Request, TextToImage
 
@@ -111,11 +111,10 @@ def shapes(recipe: Recipe, source: Source) -> Exam:
             "data of `python -m train data shapes`; or retrieval, for a folder of `python -m train data emoji`",
         )
     try:
-        scenes = exam(asked.split, asked.prompts, SCENES)
+        chosen = plain_shapes.ask(asked.split, asked.prompts, SCENES)
     except GazeError as error:
         raise GazeError(f"validation.judging.prompts: {error.problem}", "120, which is 20 of each") from None
-    skills = [scene.facts["skill"].replace(" ", "_") for scene in scenes]
-    return Exam([caption(scene) for scene in scenes], skills, judge_of(scenes))
+    return Exam(chosen.prompts, [facts["skill"].replace(" ", "_") for facts in chosen.facts], chosen.judge)
 
 
 def retrieval(recipe: Recipe, source: Source) -> Exam:

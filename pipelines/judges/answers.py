@@ -31,7 +31,7 @@ def open_asker(name: str, around: str | None = None, dtype: str = "float32") -> 
     """What asks a model of a folder or the hub. around: see `writer`. Raises GazeError."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES as ANSWERING
 
-    config = local_path(name, TRANSFORMERS) / TRANSFORMERS.index
+    config = local_path(name, TRANSFORMERS) / TRANSFORMERS.main
     trained = read_json(config).get("architectures") if config.is_file() else None
     answers = bool({*(trained or [])} & {*ANSWERING.values()})  # the type does not tell: BLIP comes in both kinds
     auto = "AutoModelForVisualQuestionAnswering" if answers else "AutoModelForImageTextToText"

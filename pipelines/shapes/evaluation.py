@@ -18,9 +18,9 @@ def exam(split: str = "heldout", n: int = 300, seed: int = EXAM) -> list[Scene]:
     return [scene(seed, index, split) for index in range(enough(n, SKILLS))]
 
 
-def ask(split: str, n: int) -> Exam:
+def ask(split: str, n: int, seed: int = EXAM) -> Exam:
     """Its captions, and the judge of their pictures. Raises GazeError as `exam` does."""
-    scenes = exam(split, n)
+    scenes = exam(split, n, seed)
     return Exam([caption(each) for each in scenes], [each.facts for each in scenes], _judged, SKILLS, FACTS)
 
 
