@@ -251,12 +251,16 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def scenes_of(seed: int, count: int, split: str) -> dict[int, Scene]:
+    """The first scenes of a seed, by the seeds of their noise."""
+    return {abs(seed) * 10**6 + index: scene(seed, index, split) for index in range(count)}
+
+
 def observed(
     pipe: TextToImage, seed: int, count: int, split: str, batch: int, options: dict[str, Any]
 ) -> tuple[dict[int, Scene], list[Instance]]:
     """The first scenes of a seed, by the seeds of their noise, and the words of their pictures."""
-    scenes = {abs(seed) * 10**6 + index: scene(seed, index, split) for index in range(count)}
-    found = []
+    scenes, found = scenes_of(seed, count, split), []
     for start in range(0, count, batch):
         found += instances(pipe, dict([*scenes.items()][start : start + batch]), **options)
         progress(f"seed {seed}: {min(start + batch, count)} of {count} pictures, {len(found)} words")

@@ -1,6 +1,6 @@
 """Are the maps of words true? Asked of a model of the shapes world, where the judge knows every object's pixels.
 
-    python benchmarks/truth.py MODEL [-n 200] [--split seen] [--plot docs/attention-truth.svg]
+    python benchmarks/truth.py MODEL [-n 200] [--split seen] [--only maps weights] [--plot FILE]
 
 Four questions: does a word's map lie on its object in the generated picture, does removing the word change what lies
 under its map, does more weight make what it says more likely, and which layers and steps carry which kind of word.
@@ -31,6 +31,7 @@ from benchmarks.agreement import (
     observed,
     progress,
     regions,
+    scenes_of,
     shown,
     stacked,
     table,
@@ -43,7 +44,7 @@ from pipelines.shapes.judge import check, see
 from pipelines.shapes.world import Scene
 from pipelines.text_to_image import Request
 
-WEIGHTS = (0.5, 1.0, 1.5, 2.0)
+WEIGHTS = (0.0, 0.5, 1.0, 1.5, 2.0)
 FACTS = {kind: {"relation": "position"}.get(kind, kind) for kind in KINDS}  # as the judge names them
 
 
@@ -228,10 +229,19 @@ def main() -> None:
     parser.add_argument("--split", default="seen", help="seen or heldout combinations")
     parser.add_argument("--steps", type=int, help="of the sampler; else the model's own")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--only", nargs="+", choices=("maps", "weights"), default=("maps", "weights"))
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     pipe = TextToImage.from_pretrained(arguments.model)
     options = {} if arguments.steps is None else {"num_inference_steps": arguments.steps}
+    if "maps" in arguments.only:
+        maps(pipe, arguments, options)
+    if "weights" in arguments.only:
+        scenes = scenes_of(MEASURED, arguments.n, arguments.split)
+        section("A word weighted inside attention", insertion(pipe, scenes, arguments.batch, options))
+
+
+def maps(pipe: TextToImage, arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     sizes = arguments.split, arguments.batch, options
     _, calibration = observed(pipe, CALIBRATION, arguments.n, *sizes)
     scenes, found = observed(pipe, MEASURED, arguments.n, *sizes)
@@ -245,7 +255,6 @@ def main() -> None:
     if arguments.plot is not None:
         arguments.plot.write_text(plot(layers, steps))
     section("A word removed or swapped", deletion(pipe, before, measured, scenes, arguments.batch, options))
-    section("A word weighted inside attention", insertion(pipe, scenes, arguments.batch, options))
 
 
 def section(title: str, text: str) -> None:
