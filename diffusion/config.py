@@ -45,17 +45,27 @@ class Config:
         self.check(blocks <= BLOCKS, option, f"that makes {blocks} blocks; the most is {BLOCKS}")
 
     @classmethod
+    def read(cls) -> set[str]:
+        """The options that count."""
+        return {field.name for field in dataclasses.fields(cls)}
+
+    @classmethod
+    def known(cls) -> set[str]:
+        """The options that a config.json may have."""
+        return {cls.KIND[0], *cls.read(), *cls.FIXED, *cls.IGNORED}
+
+    @classmethod
     def from_diffusers(cls: type[Self], config: dict[str, Any]) -> Self:
         """Read the content of a config.json. GazeError: an option that is unknown or has an unsupported value."""
         entry, kind = cls.KIND
         if config.get(entry, kind) != kind:
             raise GazeError(f"{cls.NAME}: this is a {config[entry]}, not a {kind}")
         types = get_type_hints(cls)
-        read = {field.name for field in dataclasses.fields(cls)}
+        read = cls.read()
         options = {key: value for key, value in config.items() if key != entry and not key.startswith("_")}  # _: notes
         values = {}
         for key, value in options.items():
-            if key not in read | cls.FIXED.keys() | cls.IGNORED.keys():
+            if key not in cls.known():
                 raise GazeError(f"{cls.NAME}: unknown option {key} = {value!r}", nearest(key, read))
             if key in cls.FIXED and value != cls.FIXED[key]:
                 raise GazeError(f"{cls.NAME}: {key} = {value!r} is not supported, only {cls.FIXED[key]!r} is")

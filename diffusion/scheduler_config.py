@@ -207,6 +207,11 @@ def of_method(config: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
     return {option: values for option, values in METHOD.items() if option not in own}
 
 
+def known_options() -> set[str]:
+    """Those that a scheduler_config.json of some kind may have."""
+    return {"_class_name", *READ, *OF_EDM, *FIXED, *METHOD, *IGNORED}
+
+
 def check_options(config: dict[str, Any]) -> None:
     """Raise GazeError for the first option of a scheduler_config.json that no sampler could honour."""
     name = config.get("_class_name")

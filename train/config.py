@@ -301,9 +301,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(values, override)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise GazeError(f"recipe {path}: {_explain(error, tree, overrides)}", _hint(error)) from None
+    for part, (known, read) in _options_of_parts().items():
+        for key in getattr(recipe.model, part):
+            if key not in known and not key.startswith("_"):  # which marks notes
+                place = _place(("model", part, key), tree, overrides)
+                raise GazeError(f"recipe {path}: model.{part}.{key}{place}: there is no such key", nearest(key, read))
+    return recipe
+
+
+def _options_of_parts() -> dict[str, tuple[set[str], set[str]]]:
+    """Of those parts of `model` that have a config of their own: the options that there may be, those that count."""
+    from diffusion.autoencoder import AutoencoderConfig
+    from diffusion.scheduler_config import READ, known_options
+    from diffusion.unet import UNetConfig
+
+    networks = {"unet": UNetConfig, "autoencoder": AutoencoderConfig}
+    return {part: (of.known(), of.read()) for part, of in networks.items()} | {"scheduler": (known_options(), {*READ})}
 
 
 def _override(values: dict[str, Any], text: str) -> None:

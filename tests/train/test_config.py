@@ -59,6 +59,9 @@ def test_an_unknown_key_is_answered_with_the_nearest_right_one(minimal, override
         ("data: {folder: x}", "line 6: 'data' was given before"),
         ("optimizer:\n  clip: 1\n  warmup: 2\n  clip: 1", "line 9: 'clip' was given before"),
         ("model:\n  unet: &a\n    again: *a", "Circular reference"),
+        ("model:\n  unet:\n    layers_per_blok: 1", "model.unet.layers_per_blok (line 8): there is no such key"),
+        ("model:\n  autoencoder: {norm_groups: 1}", "model.autoencoder.norm_groups (line 7): there is no such key"),
+        ("model:\n  scheduler:\n    beta_ned: 1", "model.scheduler.beta_ned (line 8): there is no such key"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_in_the_file_is_named_with_its_line(minimal, section, says):
