@@ -15,7 +15,7 @@ from pipelines.files import check_writable
 
 from .processes import Processes
 
-MARK = ".run"  # locked while a run goes on, and holds who it is; the system unlocks it when that process ends
+MARK = ".run"  # is there and locked while a run goes on, and says who; the system unlocks it when that process ends
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def alone(out: Path, processes: Processes) -> Iterator[None]:
             yield
         finally:
             with suppress(OSError):
-                file.truncate(0)
+                (out / MARK).unlink()
 
 
 def _taken(out: Path, who: str) -> None:

@@ -107,7 +107,7 @@ def train(recipe: Recipe) -> Path:
             for line in filter(None, (compare(recipe, metrics.measured(), processes.count), said(recipe.out))):
                 print(line, file=sys.stderr)
         processes.wait()
-    del run
+    del run, look  # which holds run
     leave(accelerator)
     if not finished:
         raise Stopped(seen)

@@ -15,7 +15,6 @@ from pipelines.text_to_image import DEFAULT_MODEL
 from tests.train.test_validation import Together
 from tests.train.tiny import newest_files, rows, run_here, tiny_recipe
 from train import loop
-from train.alone import MARK
 from train.best import FILE, FOLDER, check_kept, judge, keep, recover
 from train.config import Validation
 from train.ema import EMA
@@ -306,5 +305,5 @@ def test_something_else_in_its_place_is_said_before_the_run(options, tmp_path):
     (tmp_path / "run" / FOLDER / "mine.txt").touch()
     with pytest.raises(GazeError, match="it is not overwritten"):
         run_here(options(tmp_path / "run"))
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {FOLDER, MARK}
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [FOLDER]
     assert [path.name for path in (tmp_path / "run" / FOLDER).iterdir()] == ["mine.txt"]

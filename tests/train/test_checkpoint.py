@@ -265,6 +265,8 @@ def test_what_a_killed_run_had_no_time_to_remove_is_removed(tmp_path):
     ],
 )
 def test_machines_that_see_different_folders_are_told(tmp_path, option, open_it):
+    (tmp_path / "0").mkdir()
+
     def work(processes: Processes) -> str:
         with pytest.raises(GazeError) as error:
             open_it(tmp_path / str(processes.rank // 2), processes)
