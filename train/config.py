@@ -315,10 +315,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def _options_of_parts() -> dict[str, tuple[set[str], set[str]]]:
     """Of those parts of `model` that have a config of their own: the options that there may be, those that count."""
     from diffusion.autoencoder import AutoencoderConfig
+    from diffusion.config import Config
     from diffusion.scheduler_config import READ, known_options
     from diffusion.unet import UNetConfig
 
-    networks = {"unet": UNetConfig, "autoencoder": AutoencoderConfig}
+    networks: dict[str, type[Config]] = {"unet": UNetConfig, "autoencoder": AutoencoderConfig}
     return {part: (of.known(), of.read()) for part, of in networks.items()} | {"scheduler": (known_options(), {*READ})}
 
 
