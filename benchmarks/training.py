@@ -53,7 +53,7 @@ STEP_TIMES = Path(__file__).with_name("step_times.py")
 WARM = 3  # steps
 SIDES = {"gpu": (32, 64)}  # of the latents
 SIDE = 32  # the same in the other modes
-PICTURES = 256
+PICTURES = 256  # or as many as the steps see, where these are fewer
 RATE, BETAS, DECAY, CLIP = 1e-4, (0.9, 0.999), 0.01, 1.0
 CHANNELS = {"small": (64, 128), "medium": (128, 256, 512), "large": (160, 320, 640, 640), "sd": (320, 640, 1280, 1280)}
 WIDTH = 64  # of a head, about
@@ -136,7 +136,8 @@ class Bench:
         self.folder, self.arguments, self.gpu = folder, arguments, arguments.mode == "gpu"
         self.model = make_model(folder / "model", arguments.size, arguments.autoencoder, side)
         self.pixels = side * FACTOR[arguments.autoencoder]
-        self.pictures = draw_folder(folder / "pictures", PICTURES, self.pixels, 0)
+        count = min(PICTURES, arguments.steps * arguments.batch)
+        self.pictures = draw_folder(folder / "pictures", count, self.pixels, 0)
 
     def recipe(self, out: Path, **changes: object) -> Recipe:
         pictures = self.arguments.steps * self.arguments.batch
