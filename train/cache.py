@@ -32,7 +32,7 @@ from .data.decode import Size
 from .data.stream import Sample, Stream, stack
 from .processes import Processes
 from .randomness import normal
-from .signals import shield
+from .signals import shielded
 from .store import Item, Store, as_keys, key_of
 from .tokenizer import fingerprint as tokenizer_fingerprint
 
@@ -98,8 +98,7 @@ class Latents:
         def make(numbers: Sequence[int]) -> Iterator[Item]:
             own = torch.Generator()  # the global one is for fresh weights
             loader = DataLoader(
-                pictures, self.few, sampler=numbers, num_workers=workers, collate_fn=list, generator=own,
-                worker_init_fn=shield,
+                pictures, self.few, sampler=numbers, collate_fn=list, generator=own, **shielded(workers)
             )  # fmt: skip
             for batch in loader:
                 for _, alike in groupby(batch, key=lambda pixels: pixels.shape):

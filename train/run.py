@@ -38,7 +38,7 @@ from .interval import Interval
 from .launch import prepared
 from .optimizer import learning_rate, load_optimizer_tensors, optimizer_tensors, set_learning_rate
 from .processes import Processes, check_shared
-from .signals import shield
+from .signals import shielded
 from .snapshots import PowerAverages, reconstruct
 from .validation import Samples, Watched
 from .zero import follow_weights
@@ -226,8 +226,7 @@ def resume(run: Run) -> None:
 def load(recipe: Recipe, data: Stream, start: int, processes: Processes) -> Iterator[list[Sample]]:
     """The micro-batches of this process from picture `start` on, without end."""
     positions = data.batches(start, processes.rank, processes.count)
-    workers = recipe.data.workers
-    return iter(DataLoader(data, batch_sampler=positions, collate_fn=list, num_workers=workers, worker_init_fn=shield))
+    return iter(DataLoader(data, batch_sampler=positions, collate_fn=list, **shielded(recipe.data.workers)))
 
 
 def export(recipe: Recipe, width: float | None = None, source: Source | None = None) -> Path:

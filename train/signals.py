@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -45,9 +46,23 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def shield(worker: int) -> None:
-    """Workers outlive signals to the whole process group, however many and however long the step and the save after
-    them take, and none shows a traceback beside what the run says. They end with their run, or by its SIGTERM."""
+def shielded(count: int) -> dict[str, Any]:
+    """DataLoader's options for so many workers. They outlive signals to the whole process group, however many and
+    however long the step and the save after them take, and none shows a traceback beside what the run says. They end
+    with their run, or by its SIGTERM."""
+    multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)  # before multiprocessing joins them
+    return {"num_workers": count, "worker_init_fn": _shield}
+
+
+def _end_workers() -> None:
+    """Asks until they are gone, because a SIGTERM is lost where another one is still waiting to be looked at."""
+    for worker in multiprocessing.active_children():
+        while worker.daemon and worker.is_alive():
+            worker.terminate()
+            worker.join(0.1)
+
+
+def _shield(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigtimedwait"):  # not on a Mac; a handler is not told who sent the signal
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])

@@ -14,7 +14,7 @@ import yaml
 from torch.utils.data import DataLoader, Dataset
 
 from tests.train.tiny import PROCESSES, make_pictures, make_vae, tiny_recipe
-from train.signals import shield
+from train.signals import shielded
 
 
 def slowly(recipe: Path, errors: Path) -> None:
@@ -58,8 +58,8 @@ class Asked(Dataset):
 
 def begin() -> tuple[Iterator[list[int]], int]:
     """A worker, and its number."""
-    workers = iter(DataLoader(Asked(), sampler=range(20), batch_size=None, num_workers=1, worker_init_fn=shield,
-                              multiprocessing_context="fork"))  # fmt: skip
+    options = {"multiprocessing_context": "fork", **shielded(1)}
+    workers = iter(DataLoader(Asked(), sampler=range(20), batch_size=None, **options))
     return workers, next(workers)[0]
 
 
@@ -82,14 +82,18 @@ def fail_with_workers(pipe: Any) -> None:
 
 @pytest.mark.parametrize("killed", [True, False])
 def test_workers_end_with_their_run(killed):
+    """Also where its SIGTERM is lost, because another one is still waiting to be looked at."""
     here, there = PROCESSES.Pipe()
     run = PROCESSES.Process(target=fail_with_workers, args=(there,))
     run.start()
     worker = int(here.recv_bytes())
+    os.kill(worker, signal.SIGSTOP)
     subprocess.run(["kill", str(worker)], check=True)
     here.send_bytes(b"60" if killed else b"0")
     if killed:
         run.kill()
+    run.join(1)  # long enough for the run to ask its worker to end, and no more
+    os.kill(worker, signal.SIGCONT)
     run.join(20)
     assert run.exitcode == (-signal.SIGKILL if killed else 0)
     assert ends(worker)

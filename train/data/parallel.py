@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from diffusion.errors import GazeError
 
-from ..signals import shield
+from ..signals import shielded
 
 T = TypeVar("T")
 
@@ -36,8 +36,7 @@ def in_parallel(work: Callable[[int], T], numbers: range, workers: int, doing: s
     from rich.console import Console
     from rich.progress import track
 
-    options: dict[str, Any] = {"num_workers": workers, "worker_init_fn": shield}
-    loader = DataLoader(_Work(work), None, sampler=numbers, collate_fn=_as_it_is, **options)
+    loader = DataLoader(_Work(work), None, sampler=numbers, collate_fn=_as_it_is, **shielded(workers))
     shown = {"console": Console(stderr=True), "transient": True, "disable": not sys.stderr.isatty()}
     for result in track(loader, doing, total=len(numbers), **shown):  # type: ignore[arg-type]
         if isinstance(result, GazeError):
