@@ -53,10 +53,11 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
 def enough(kind: str, real_N: int, made_M: int, width: int) -> None:
     """Raises GazeError when a set is too small; to be called before the pictures are drawn.
 
-    A covariance of width D has full rank from D + 1 features on, also when a twentieth is left out for the interval. A
-    kernel distance has no such limit, but needs 20 groups of two.
+    A covariance of width D has full rank from D + 1 features on, also when one of the 20 groups is left out for the
+    interval. A kernel distance has no such limit, but needs groups of two.
     """
-    fewest, least = min(real_N, made_M), -(-(width + 1) * GROUPS // (GROUPS - 1)) if kind == "fid" else 2 * GROUPS
+    ranked = -(-(width + 1) * GROUPS // (GROUPS - 1))
+    fewest, least = min(real_N, made_M), max(GROUPS, ranked) if kind == "fid" else 2 * GROUPS
     if fewest < least:
         what = f"a covariance of {width} features" if kind == "fid" else f"the interval of {kind}"
         others = "; or gaze evaluate kid, or a network with fewer features" if kind == "fid" else ""

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import normalizers
 from transformers import CLIPModel, CLIPProcessor, SiglipModel, SiglipProcessor
 
 from diffusion.errors import GazeError
@@ -83,6 +84,16 @@ def test_a_prompt_that_is_too_long_is_said_to_be_cut(clip, pictures):
     judge, _ = clip_judge(clip, prefix="")
     short, long = judge(["cat", "cat " * 50], pictures[:2])
     assert (short.said["cut"], long.said["cut"]) == (False, True)
+
+
+def test_siglip_reads_small_letters(tmp_path, siglip, pictures):
+    """As it was trained; its second version is often stored with a tokenizer that keeps capitals."""
+    model, processor = SiglipModel.from_pretrained(siglip), SiglipProcessor.from_pretrained(siglip)
+    processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    assert processor.tokenizer("A Cat").input_ids != processor.tokenizer("a cat").input_ids
+    small_judges.saved(tmp_path, model, processor)
+    judge, _ = clip_judge(str(tmp_path))
+    assert judge(["A Red CAT"], pictures[:1]) == judge(["a red cat"], pictures[:1])
 
 
 def test_a_verdict_does_not_depend_on_its_company(clip, pictures):

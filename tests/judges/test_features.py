@@ -99,6 +99,7 @@ def test_the_interval_is_as_wide_as_scores_vary(kind):
 def test_too_few_pictures_are_named():
     enough("fid", 19 + 1, 20, 18)  # 19 are left, of 18 features
     for kind, real, made, width, says in (
+        ("fid", 19, 50, 3, "19 real pictures"),  # a picture for each of the 20 groups
         ("fid", 20, 19, 18, "19 made pictures are too few for a covariance of 18 features"),
         ("fid", 19, 2000, 18, "19 real pictures"),
         ("kid", 39, 50, 500, "39 real pictures are too few for the interval of kid"),
