@@ -44,7 +44,7 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
             raise GazeError(f"{name} is {type(network).__name__}, and {NEEDED} is needed", "another one with --judge")
         return pooled.flatten(1).double().cpu().numpy()
 
-    about = {key: value for key, value in prepare.to_dict().items() if key in OF_RESIZING}
+    about = {key: value for key, value in prepare.to_dict().items() if key in OF_RESIZING and value is not None}
     if "resample" in about:
         about["resample"] = Image.Resampling(about["resample"]).name.lower()
     return features, {"judge": name, "network": type(network).__name__, **about, "judge_dtype": dtype}

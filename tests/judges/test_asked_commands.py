@@ -1,9 +1,14 @@
 """`gaze evaluate detect` and `gaze evaluate vqa`, on finished pictures and on those of a model."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+import typer
 
+from pipelines.__main__ import app
 from pipelines.judges.everyday import SKILLS, everyday
 from pipelines.shapes.captions import caption
 from pipelines.shapes.world import draw, scene
@@ -105,6 +110,17 @@ def test_vqa_asks_questions_made_from_facts_or_of_a_file(gaze, judges, finished,
     assert report["score"] == pytest.approx(sum(rights) / N)
     assert [*report["skills"]] == ["all"]
     assert report["skills"]["all"]["n"] == N
+
+
+def test_every_command_of_the_documentation_can_be_asked():
+    """They are not run there, because their models are large."""
+    command, count = typer.main.get_command(app).commands["evaluate"], 0
+    for page in sorted((Path(__file__).parents[2] / "docs").glob("evaluation*.md")):
+        for words in (shlex.split(line, comments=True) for line in re.findall(r"evaluate (\w+ .*)", page.read_text())):
+            if words[0] in command.commands and words[1].startswith("--"):
+                command.commands[words[0]].make_context(words[0], words[1:])
+                count += 1
+    assert count >= 14
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from diffusion.errors import GazeError
-from pipelines.judges.features import distance_of, enough, feature_network, frechet, nearest_judge
+from pipelines.judges.features import compare, distance_of, enough, feature_network, frechet, nearest_judge
 from pipelines.judges.interval import GROUPS, of_distance
 from tests.judges import small_judges
 
@@ -94,6 +94,12 @@ def test_the_interval_is_as_wide_as_scores_vary(kind):
         widths.append(found["high"] - found["low"])
     varied = 2 * 1.96 * np.std(scores, ddof=1)
     assert 0.6 < np.median(widths) / varied < 1.7
+
+
+def test_the_interval_of_a_squared_distance_ends_at_nothing():
+    found = compare("fid", cloud(0, 40), cloud(1, 40))
+    assert (found["low"], found["n"]) == (0, 40)
+    assert compare("kid", cloud(0, 40), cloud(1, 40))["low"] < 0 < found["score"] < found["high"]
 
 
 def test_too_few_pictures_are_named():
