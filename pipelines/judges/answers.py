@@ -28,7 +28,8 @@ LISTED = "{question} Answer with one of these: {choices}."
 
 
 def open_asker(name: str, around: str | None = None, dtype: str = "float32") -> Ask:
-    """What asks a model of a folder or the hub. around: see `writer`. Raises GazeError."""
+    """What asks a model of a folder or the hub. around: see `writer`. Raises GazeError, also for an `around` that the
+    model would not read."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES as ANSWERING
 
     config = local_path(name, TRANSFORMERS) / TRANSFORMERS.main
@@ -37,6 +38,8 @@ def open_asker(name: str, around: str | None = None, dtype: str = "float32") -> 
     auto = "AutoModelForVisualQuestionAnswering" if answers else "AutoModelForImageTextToText"
     model, processor = open_judge(name, NEEDED, auto, dtype=dtype)
     if not model.can_generate():
+        if around is not None:
+            raise GazeError(f"{name} has a list of answers and reads the question alone", "without --around")
         return classifier(model, processor)
     return writer(model, processor, list_choices=not answers, around=around)
 

@@ -16,7 +16,8 @@ from pipelines.judges.colours import PHRASES, open_colours
 from pipelines.judges.detect import Found, Rules, broken, detect_judge, objects, relations, summary
 from pipelines.judges.detectors import open_detector
 from pipelines.judges.everyday import NAMES, SKILLS, everyday, exam, plural
-from pipelines.judges.facts import COLOURS, facts_of, names_of
+from pipelines.judges.facts import COLOURS, facts_for, facts_of, names_of
+from pipelines.judges.pictures import Asked
 from pipelines.judges.verdict import Verdict
 from pipelines.places import RELATIONS
 from pipelines.shapes.world import scene
@@ -277,6 +278,15 @@ def test_facts_of_a_prompts_file_and_of_a_drawn_scene():
         "include": [{"class": "red apple", "count": 2}],
         "exclude": [{"class": "red apple", "count": 3}],
     }
+
+
+def test_lines_that_contradict_each_other_are_named():
+    cup, two = ({"include": [{"class": "cup", "count": count}]} for count in (1, 2))
+    assert facts_for([Asked("a cup", cup), Asked("a (cup:1.2)", cup)]) == {"a cup": facts_of("a cup", cup)}
+    with pytest.raises(GazeError, match="two lines say different facts of 'a cup'"):
+        facts_for([Asked("a cup", cup), Asked("a cup", two)])
+    own = exam(2000)  # some of them more than once
+    assert len(facts_for(own)) < 2000
 
 
 @pytest.mark.parametrize(

@@ -295,5 +295,7 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     ask = open_asker(tmp_path / "llava", around="Q: {question} A:")
     with pytest.raises(GazeError, match=r"does not read 'Q: is it red\? A:'"):
         ask(PICTURE, "is it red?", ["Yes"])
+    with pytest.raises(GazeError, match="reads the question alone"):
+        open_asker(asked_models.vilt(tmp_path / "vilt"), around="Q: {question} A:")
     with pytest.raises(GazeError, match="is a CLIPModel, and a model that answers questions about a picture"):
         open_asker(small_judges.clip(tmp_path / "clip"))
