@@ -14,7 +14,6 @@ from PIL import Image
 
 from diffusion.errors import GazeError
 
-from ..images import to_rgb
 from .models import open_judge
 from .verdict import Judge, Verdict
 
@@ -43,7 +42,7 @@ def clip_judge(name: str, prefix: str | None = None, dtype: str = "float32") -> 
     @torch.inference_mode()
     def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
         texts = [before + prompt for prompt in prompts]
-        found = network(**prepared(network, prepare, texts, images=[to_rgb(image) for image in images]))
+        found = network(**prepared(network, prepare, texts, images=[*images]))
         image_BP, text_BP = (F.normalize(each.double(), dim=-1) for each in (found.image_embeds, found.text_embeds))
         cosine_B = (image_BP * text_BP).sum(-1)
         if bias is None:

@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from diffusion.errors import GazeError
 
-from ..images import open_picture, to_rgb
+from ..images import open_picture
 from ..processes import Processes, own_device
 from .interval import GROUPS, deal, of_distance
 from .models import open_judge
@@ -38,7 +38,7 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
 
     @torch.inference_mode()
     def features(images: Sequence[Image.Image]) -> np.ndarray:
-        inputs = prepare(images=[to_rgb(image) for image in images], return_tensors="pt")
+        inputs = prepare(images=[*images], return_tensors="pt")
         pooled = getattr(look(**inputs.to(network.device, network.dtype)), "pooler_output", None)
         if pooled is None:
             raise GazeError(f"{name} is {type(network).__name__}, and {NEEDED} is needed", "another one with --judge")

@@ -250,6 +250,8 @@ def test_a_model_that_chats(tmp_path, picture, chats):
             assert ask(picture, question, choices) == Answer(expected, pytest.approx(probability, rel=1e-4))
             said.add(expected)
     assert len(said) > 3
+    # What stands for a picture is no part of a prompt.
+    assert ask(picture, "is it <image>red?", ["red", "blue"]) == ask(picture, "is it red?", ["red", "blue"])
 
 
 def test_penalties_that_a_models_own_file_asks_for_do_not_tell(tmp_path, picture):
