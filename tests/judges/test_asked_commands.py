@@ -41,14 +41,19 @@ def finished(tmp_path_factory):
 
 def test_detect_judges_finished_pictures_by_their_facts(gaze, judges, finished, tmp_path):
     options = ["evaluate", "detect", "--pictures", finished, "--judge", judges["owl"], "--colours", judges["clip"]]
-    code, out, err = gaze(*options, "--threshold", 0.9, "--only-asked", "--page", "page.html", "--json")
+    rules = ["--threshold", 0.65, "--counting-threshold", 0.4, "--margin", 0.3, "--only-asked"]
+    code, out, err = gaze(*options, *rules, "--page", "page.html", "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
     assert [*report["skills"]] == ["single object", "two objects", "counting", "colours", "position", "colour binding"]
     assert all(part["n"] == 2 for part in report["skills"].values())
     assert report["n"] == N == len(report["pictures"])
     assert report["low"] <= report["score"] + 1e-9
-    assert report["settings"]["counting_threshold"] == report["settings"]["threshold"] == 0.9
+    assert [report["settings"][name] for name in ("threshold", "counting_threshold", "margin")] == [0.65, 0.4, 0.3]
+    scores: dict[bool, list[float]] = {True: [], False: []}  # of what is found where it is counted, and elsewhere
+    for said in (picture["said"] for picture in report["pictures"]):
+        scores[said["skill"] == "counting"] += [box[-1] for boxes in said["found"].values() for box in boxes]
+    assert 0.4 < min(scores[True]) < 0.65 < min(scores[False])
     assert report["settings"]["colours"] == str(judges["clip"])
     assert sum(report["broken"].values()) > 0
     assert set(report["pictures"][0]["said"]) == {"skill", "broken", "found"}

@@ -11,6 +11,7 @@ from transformers import CLIPModel, CLIPProcessor, SiglipModel, SiglipProcessor
 
 from diffusion.errors import GazeError
 from pipelines.judges.clip import clip_judge
+from pipelines.judges.interval import of_mean
 from tests.judges import small_judges
 
 PROMPTS = ["a red cat", "dog", "a dog on a red cat (blue)"]
@@ -122,6 +123,8 @@ def test_the_command_draws_and_judges(gaze, model, clip, tmp_path):
     assert report["n"] == len(report["pictures"]) == 10
     assert report["low"] <= report["score"] <= report["high"]
     assert report["score"] == pytest.approx(np.mean([picture["score"] for picture in report["pictures"]]))
+    told = of_mean([picture["score"] for picture in report["pictures"]], seed=3)
+    assert (report["low"], report["high"]) == pytest.approx((told["low"], told["high"]), abs=1e-9)
     assert [picture["seed"] for picture in report["pictures"]] == [*range(3, 13)]
     assert report["pictures"][4]["prompt"] == "a red cat 4"
     assert report["settings"]["num_inference_steps"] == 1
