@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tokenizers import normalizers
-from transformers import CLIPModel, CLIPProcessor, SiglipModel, SiglipProcessor
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast, SiglipModel, SiglipProcessor
 
 from diffusion.errors import GazeError
 from pipelines.judges.clip import clip_judge
@@ -90,9 +90,13 @@ def test_a_prompt_that_is_too_long_is_said_to_be_cut(clip, pictures):
 def test_siglip_reads_small_letters(tmp_path, siglip, pictures):
     """As it was trained; its second version is often stored with a tokenizer that keeps capitals."""
     model, processor = SiglipModel.from_pretrained(siglip), SiglipProcessor.from_pretrained(siglip)
-    processor.tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    assert processor.tokenizer("A Cat").input_ids != processor.tokenizer("a cat").input_ids
-    small_judges.saved(tmp_path, model, processor)
+    words = processor.tokenizer.backend_tokenizer
+    words.normalizer = normalizers.NFC()
+    marks = {name: getattr(processor.tokenizer, name) for name in ("pad_token", "eos_token", "unk_token")}
+    kept = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=small_judges.LONGEST, **marks)
+    small_judges.saved(tmp_path, model, SiglipProcessor(processor.image_processor, kept))
+    read = AutoProcessor.from_pretrained(tmp_path, backend="pil").tokenizer
+    assert read("A Red CAT").input_ids != read("a red cat").input_ids
     judge, _ = clip_judge(str(tmp_path))
     assert judge(["A Red CAT"], pictures[:1]) == judge(["a red cat"], pictures[:1])
 
