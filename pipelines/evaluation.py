@@ -43,7 +43,7 @@ class Truth(NamedTuple):
     pooled_P: Tensor
 
 
-def wilson(right: float, n: int, z: float = Z_95) -> tuple[float, float]:
+def wilson(right: float, n: float, z: float = Z_95) -> tuple[float, float]:
     """The interval of a proportion, `right` of n, at z standard deviations (Wilson 1927, Brown et al. 2001)."""
     share, shrink = right / n, 1 + z * z / n
     middle = (share + z * z / (2 * n)) / shrink

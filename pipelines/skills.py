@@ -6,15 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, harmonic_mean
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from diffusion.errors import GazeError
 
-from .evaluation import in_batches, in_common, wilson
+from .evaluation import in_batches, in_common
 from .images import WHITE
+from .judges.interval import of_share
 from .judges.report import score_lines
 from .judges.verdict import Verdict
 from .png import save_png
@@ -62,28 +63,26 @@ def sum_up(judged: Sequence[Judged], skills: Sequence[str], facts: Sequence[str]
     pictures), n, right, skills (the same of each), broken (how many pictures break each fact) and misses (index,
     prompt, skill, broken facts and what is seen).
 
-    The interval is that of the mean where the skills have equally many pictures, if anything too wide, because the
-    skills' shares are fixed; of other trainings of the same model it says nothing. GazeError: a skill has no picture.
+    The interval is that of a share of as many pictures as give the mean's variance where all skills are equally hard:
+    all of them where each skill has as many. If anything it is too wide then, because the skills' shares are fixed; of
+    other trainings of the same model it says nothing. GazeError: a skill has no picture.
     """
     without = [skill for skill in skills if all(each.skill != skill for each in judged)]
     if without:
         raise GazeError(f"there is no picture of the skill {without[0]!r}", "pictures of all of the exam's prompts")
     misses = [{"index": index, **each._asdict()} for index, each in enumerate(judged) if each.broken]
     rights = {skill: [not each.broken for each in judged if each.skill == skill] for skill in skills}
-    shares = {skill: _share(fmean(right), len(right)) for skill, right in rights.items()}
+    shares = {skill: of_share(fmean(right), len(right)) for skill, right in rights.items()}
+    worth = round(len(skills) * harmonic_mean([share["n"] for share in shares.values()]), 6)
     counts = Counter(fact for each in judged for fact in each.broken)
     return {
-        **_share(fmean(share["score"] for share in shares.values()), len(judged)),
+        **of_share(fmean(share["score"] for share in shares.values()), worth),
+        "n": len(judged),
         "right": len(judged) - len(misses),
         "skills": shares,
         "broken": {fact: counts[fact] for fact in facts},
         "misses": misses,
     }
-
-
-def _share(share: float, n: int) -> dict[str, Any]:
-    low, high = wilson(share * n, n)
-    return {"score": share, "low": low, "high": high, "n": n}
 
 
 @dataclass(frozen=True)

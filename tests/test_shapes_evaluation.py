@@ -69,7 +69,8 @@ def test_the_score_is_the_mean_of_the_skills_when_they_are_not_equally_many():
     report = score(scenes, pictures)
     assert report["score"] == pytest.approx((0.5 + 5) / 6)
     assert (report["n"], report["right"]) == (8, 7)
-    assert (report["low"], report["high"]) == pytest.approx(wilson(8 * 5.5 / 6, 8))
+    worth = 36 / (2 / 2 + 4 / 1)  # pictures: the mean's variance is the sum of p (1 - p) / n over 36
+    assert (report["low"], report["high"]) == pytest.approx(wilson(worth * 5.5 / 6, worth))
 
 
 def test_prompts_and_seeds_do_not_depend_on_the_batch():

@@ -28,7 +28,8 @@ LISTED = "{question} Answer with one of these: {choices}."
 
 
 def open_asker(name: str, around: str | None = None, dtype: str = "float32") -> Ask:
-    """What asks a model of a folder or the hub. around: see `writer`. Raises GazeError."""
+    """What asks a model of a folder or the hub. around: see `writer`. Raises GazeError, also for an `around` that the
+    model would not read."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_VISUAL_QUESTION_ANSWERING_MAPPING_NAMES as ANSWERING
 
     config = local_path(name, TRANSFORMERS) / TRANSFORMERS.main
@@ -37,6 +38,8 @@ def open_asker(name: str, around: str | None = None, dtype: str = "float32") -> 
     auto = "AutoModelForVisualQuestionAnswering" if answers else "AutoModelForImageTextToText"
     model, processor = open_judge(name, NEEDED, auto, dtype=dtype)
     if not model.can_generate():
+        if around is not None:
+            raise GazeError(f"{name} has a list of answers and reads the question alone", "without --around")
         return classifier(model, processor)
     return writer(model, processor, list_choices=not answers, around=around)
 
@@ -45,16 +48,18 @@ def classifier(model: Any, processor: Any) -> Ask:
     """Asks a model that knows a fixed list of answers, such as ViLT (Kim et al. 2021), where each has a probability of
     its own."""
     labels = {label.strip().lower(): number for number, label in model.config.id2label.items()}
+    longest = min(processor.tokenizer.model_max_length, model.config.max_position_embeddings)
 
     @torch.inference_mode()
     def ask(picture: Image.Image, question: str, choices: Sequence[str]) -> Answer:
         known = {choice: labels[choice.lower()] for choice in choices if choice.lower() in labels}
         if not known:
             return Answer(None, 0.0)
-        inputs = processor(images=picture, text=question, truncation=True, return_tensors="pt")
+        inputs = processor(images=picture, text=question, truncation=True, max_length=longest, return_tensors="pt")
         chances_V = model(**inputs.to(model.device, model.dtype)).logits[0].float().sigmoid()
         best = max(known, key=lambda choice: chances_V[known[choice]])
-        return Answer(best, float(chances_V[known[best]]))
+        cut = len(processor.tokenizer(question).input_ids) > longest
+        return Answer(best, float(chances_V[known[best]]), cut)
 
     return ask
 
@@ -65,13 +70,14 @@ def writer(model: Any, processor: Any, list_choices: bool, around: str | None = 
     tokens written, among all tokens; the end of the answer does not count.
 
     list_choices: says in the question what there is to choose from. around: a text with {question}, for a model that
-    has no chat template or should not use it. GazeError: it has no {question}.
+    has no chat template or should not use it. GazeError: it has no {question}; later, a question that is too long.
     """
     if around is not None and QUESTION not in around:
         raise GazeError(f"{around!r:.200} has no place for the question", '"Question: {question} Answer:"')
     tokenizer = processor.tokenizer
     marks = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # T5 has no such limit
     chats = around is None and getattr(processor, "chat_template", None) is not None
     template = around or QUESTION
 
@@ -98,11 +104,16 @@ def writer(model: Any, processor: Any, list_choices: bool, around: str | None = 
         for mark in marks:  # a prompt may hold what stands for a picture, or ends a message
             question = question.replace(mark, "")
         ends = {(*ids, end): choice for choice in choices for ids in _spellings(tokenizer, choice)}
-        written: list[int] = []
+        inputs, written = read(picture, question).to(model.device, model.dtype), list[int]()
+        length = inputs["input_ids"].shape[1]
+        if longest is not None and length > longest:
+            problem = f"{length} tokens are more than the {longest} that this model reads: {question!r:.200}"
+            raise GazeError(problem, "a shorter prompt, or another model with --judge")
         out = model.generate(
-            **read(picture, question).to(model.device, model.dtype),
+            **inputs,
             max_new_tokens=max(map(len, ends)) - 1,
             logits_processor=[_only(ends, written)],
+            repetition_penalty=1.0,  # some models' own files ask for another, which would tell on the listed choices
             output_logits=True,
             return_dict_in_generate=True,
         )

@@ -14,7 +14,6 @@ from PIL import Image
 
 from diffusion.errors import GazeError
 
-from ..images import to_rgb
 from .models import open_judge
 from .verdict import Judge, Verdict
 
@@ -35,25 +34,15 @@ def clip_judge(name: str, prefix: str | None = None, dtype: str = "float32") -> 
     name: a folder or an id on the hub. prefix: another text before each prompt. dtype: of the weights.
     Raises GazeError when it cannot be opened, or embeds no texts and pictures.
     """
-    network, prepare = open_judge(name, NEEDED, dtype=dtype)
-    if not (hasattr(network, "get_text_features") and hasattr(network, "get_image_features")):
-        raise GazeError(f"{name} is {type(network).__name__}, and {NEEDED} is needed", "another model with --judge")
+    network, prepare = open_embedder(name, "--judge", dtype)
     bias = getattr(network, "logit_bias", None)
     before = prefix if prefix is not None else PREFIX if bias is None else ""
-    longest = min(prepare.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
+    longest = longest_text(network, prepare)
 
     @torch.inference_mode()
     def judge(prompts: Sequence[str], images: Sequence[Image.Image]) -> list[Verdict]:
         texts = [before + prompt for prompt in prompts]
-        inputs = prepare(
-            text=texts,
-            images=[to_rgb(image) for image in images],
-            padding="max_length",  # SigLIP was trained so; where padding is masked it makes no difference
-            truncation=True,
-            max_length=longest,
-            return_tensors="pt",
-        ).to(network.device, network.dtype)
-        found = network(**inputs)
+        found = network(**prepared(network, prepare, texts, images=[*images]))
         image_BP, text_BP = (F.normalize(each.double(), dim=-1) for each in (found.image_embeds, found.text_embeds))
         cosine_B = (image_BP * text_BP).sum(-1)
         if bias is None:
@@ -68,3 +57,31 @@ def clip_judge(name: str, prefix: str | None = None, dtype: str = "float32") -> 
 
     formula = f"{WEIGHT} * max(cosine, 0)" if bias is None else "sigmoid(scale * cosine + bias)"
     return judge, {"judge": name, "formula": formula, "prefix": before, "judge_dtype": dtype}
+
+
+def open_embedder(name: str, option: str, dtype: str = "float32") -> tuple[Any, Any]:
+    """A network that embeds texts and pictures, and its processor. Raises GazeError, whose hint names the option, when
+    it is another, or cannot be opened."""
+    network, prepare = open_judge(name, NEEDED, dtype=dtype)
+    if not (hasattr(network, "get_text_features") and hasattr(network, "get_image_features")):
+        raise GazeError(f"{name} is {type(network).__name__}, and {NEEDED} is needed", f"another model with {option}")
+    return network, prepare
+
+
+def longest_text(network: Any, prepare: Any) -> int:
+    """How many tokens of a text the network reads; not all tokenizers know it."""
+    return min(prepare.tokenizer.model_max_length, network.config.text_config.max_position_embeddings)
+
+
+def prepared(network: Any, prepare: Any, texts: Sequence[str], **images: Any) -> Any:
+    """The network's inputs of texts, and of images where they are given, on its device."""
+    if getattr(network, "logit_bias", None) is not None:
+        texts = [text.lower() for text in texts]  # as all SigLIPs were trained; the tokenizers of some do not do it
+    return prepare(
+        text=[*texts],
+        padding="max_length",  # SigLIP was trained so; where padding is masked it makes no difference
+        truncation=True,
+        max_length=longest_text(network, prepare),
+        return_tensors="pt",
+        **images,
+    ).to(network.device, network.dtype)

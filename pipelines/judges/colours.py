@@ -15,11 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from diffusion.errors import GazeError
-
-from .clip import NEEDED
+from .clip import open_embedder, prepared
 from .detect import Box, NameColours
-from .models import open_judge
 
 PHRASES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
@@ -27,10 +24,7 @@ PHRASES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}
 def open_colours(name: str, colours: Sequence[str], dtype: str = "float32") -> NameColours:
     """What names colours, with a model of a folder or the hub. GazeError: it embeds no texts and pictures, and what
     `open_judge` raises."""
-    model, processor = open_judge(name, NEEDED, dtype=dtype)
-    if not (hasattr(model, "get_text_features") and hasattr(model, "get_image_features")):
-        raise GazeError(f"{name} is {type(model).__name__}, and {NEEDED} is needed", "another model with --colours")
-    return colour_namer(model, processor, colours)
+    return colour_namer(*open_embedder(name, "--colours", dtype), colours)
 
 
 def colour_namer(model: Any, processor: Any, colours: Sequence[str]) -> NameColours:
@@ -43,7 +37,7 @@ def colour_namer(model: Any, processor: Any, colours: Sequence[str]) -> NameColo
     @cache
     def known(name: str) -> Tensor:
         phrases = [phrase.format(colour=colour, name=name) for colour in colours for phrase in PHRASES]
-        inputs = processor(text=phrases, padding="max_length", truncation=True, return_tensors="pt").to(model.device)
+        inputs = prepared(model, processor, phrases)
         of_each_E = F.normalize(model.get_text_features(**inputs).pooler_output.float(), dim=-1)
         return F.normalize(of_each_E.unflatten(0, (len(colours), len(PHRASES))).mean(dim=1), dim=-1)
 

@@ -19,6 +19,7 @@ from .detect import Find, Found
 from .models import open_judge
 
 NEEDED = "a detector that is given names, such as an OWL-ViT, an OWLv2 or a Grounding DINO,"
+OWL = ("owlvit", "owlv2")
 GROUNDED = ("grounding-dino", "mm-grounding-dino")  # read all names as one text, and say which tokens a box goes with
 
 
@@ -38,12 +39,14 @@ def detector(model: Any, processor: Any, threshold: float = 0.0) -> Find:
     model, processor: of transformers' zero-shot object detection. GazeError: names that it cannot read at once.
     """
     grounded = model.config.model_type in GROUNDED
-    query, read = ("{}", _grounded) if grounded else ("a photo of a {}", _by_name)  # as each of them was trained
+    read = _grounded if grounded else _by_name
+    query = "a photo of a {}" if model.config.model_type in OWL else "{}"  # as each of them was trained
 
     @torch.inference_mode()
     def find(picture: Image.Image, names: Sequence[str]) -> dict[str, list[Found]]:
         queries = [query.format(name.replace(".", " ")) for name in names]
-        inputs = processor(images=picture, text=[queries], truncation=True, return_tensors="pt")
+        # of a text with all names nothing is cut, so that one that is too long is seen
+        inputs = processor(images=picture, text=[queries], truncation=not grounded, return_tensors="pt")
         inputs = inputs.to(model.device, model.dtype)
         found: dict[str, list[Found]] = {}
         for name, box, score in read(model, processor, inputs, names, picture.size[::-1], threshold):

@@ -43,10 +43,16 @@ def facts_of(prompt: str, entry: Mapping[str, Any]) -> Facts:
 
 def facts_for(asked: Sequence[Asked], file: str | None = None) -> dict[str, Facts]:
     """The facts of each text that is asked for: of its own line, or of the same prompt's in a file of prompts. Raises
-    GazeError: one has none."""
+    GazeError: one has none, or two lines say different ones."""
     told = [] if file is None else read_prompts(file)
     entries = {name: each.more for each in told for name in (each.prompt, each.text)}
-    return {each.text: facts_of(each.text, entries.get(each.text, each.more)) for each in asked}
+    found: dict[str, Facts] = {}
+    for each in asked:
+        facts = facts_of(each.text, entries.get(each.text, each.more))
+        if found.setdefault(each.text, facts) != facts:
+            problem = f"two lines say different facts of {each.text!r:.200}"
+            raise GazeError(problem, "one line for each prompt; tag, include and exclude are its facts")
+    return found
 
 
 def names_of(facts: Facts) -> list[str]:

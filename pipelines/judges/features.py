@@ -15,7 +15,7 @@ from safetensors.numpy import load, save
 
 from diffusion.errors import GazeError
 
-from ..images import open_picture, to_rgb
+from ..images import open_picture
 from ..processes import Processes, own_device
 from .interval import GROUPS, deal, of_distance
 from .models import open_judge
@@ -38,13 +38,13 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
 
     @torch.inference_mode()
     def features(images: Sequence[Image.Image]) -> np.ndarray:
-        inputs = prepare(images=[to_rgb(image) for image in images], return_tensors="pt")
+        inputs = prepare(images=[*images], return_tensors="pt")
         pooled = getattr(look(**inputs.to(network.device, network.dtype)), "pooler_output", None)
         if pooled is None:
             raise GazeError(f"{name} is {type(network).__name__}, and {NEEDED} is needed", "another one with --judge")
         return pooled.flatten(1).double().cpu().numpy()
 
-    about = {key: value for key, value in prepare.to_dict().items() if key in OF_RESIZING}
+    about = {key: value for key, value in prepare.to_dict().items() if key in OF_RESIZING and value is not None}
     if "resample" in about:
         about["resample"] = Image.Resampling(about["resample"]).name.lower()
     return features, {"judge": name, "network": type(network).__name__, **about, "judge_dtype": dtype}
@@ -53,10 +53,11 @@ def feature_network(name: str, dtype: str = "float32") -> tuple[Features, dict[s
 def enough(kind: str, real_N: int, made_M: int, width: int) -> None:
     """Raises GazeError when a set is too small; to be called before the pictures are drawn.
 
-    A covariance of width D has full rank from D + 1 features on, also when a twentieth is left out for the interval. A
-    kernel distance has no such limit, but needs 20 groups of two.
+    A covariance of width D has full rank from D + 1 features on, also when one of the 20 groups is left out for the
+    interval. A kernel distance has no such limit, but needs groups of two.
     """
-    fewest, least = min(real_N, made_M), -(-(width + 1) * GROUPS // (GROUPS - 1)) if kind == "fid" else 2 * GROUPS
+    ranked = -(-(width + 1) * GROUPS // (GROUPS - 1))
+    fewest, least = min(real_N, made_M), max(GROUPS, ranked) if kind == "fid" else 2 * GROUPS
     if fewest < least:
         what = f"a covariance of {width} features" if kind == "fid" else f"the interval of {kind}"
         others = "; or gaze evaluate kid, or a network with fewer features" if kind == "fid" else ""

@@ -18,7 +18,7 @@ GROUPS = 20
 STUDENT = 2.0930240544083087  # the 97.5 % quantile of Student's t with GROUPS - 1 degrees of freedom
 
 
-def of_share(share: float, n: int) -> dict[str, Any]:
+def of_share(share: float, n: float) -> dict[str, Any]:
     """score, low, high (Wilson 1927) and n of a share of n pictures."""
     low, high = wilson(share * n, n)
     return {"score": share, "low": low, "high": high, "n": n}

@@ -94,7 +94,7 @@ def _listed(metadata: Path, with_prompts: bool) -> list[Asked]:
     asked = []
     for where, row in read_lines(metadata, 'a line such as {"file_name": "1.png", "text": "a red circle"}'):
         key = "prompt" if "prompt" in row else "text"
-        prompt = escape(_text(where, row, key)) if with_prompts or key in row else ""
+        prompt = escape(_text(where, row, key)) if with_prompts or row.get(key) else ""
         asked.append(Asked(prompt, row, picture_of(where, row, metadata.parent)))
     return asked
 
@@ -102,7 +102,7 @@ def _listed(metadata: Path, with_prompts: bool) -> list[Asked]:
 def _text(where: str, row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     text = value[0] if isinstance(value, list) and value else value
-    if not isinstance(text, str):
+    if not isinstance(text, str) or not text.strip():
         raise GazeError(f"{where}: {key} is {value!r:.100}, which is no prompt", f'a line such as {{"{key}": "a cat"}}')
     return text
 
@@ -115,17 +115,17 @@ def _found(root: Path, with_prompts: bool) -> list[Asked]:
 
 def _prompt_of(picture: Path) -> str:
     beside = picture.with_suffix(".txt")
+    prompt: Any = None
     if beside.is_file():
         try:
-            return escape(beside.read_text(encoding="utf-8-sig").strip())
+            prompt = escape(beside.read_text(encoding="utf-8-sig").strip())
         except (OSError, ValueError) as error:
             raise GazeError(f"{beside} cannot be read: {error}", "a UTF-8 text, the prompt of the picture") from None
-    prompt: Any = None
-    if picture.suffix.lower() == ".png":
+    elif picture.suffix.lower() == ".png":
         try:
             prompt = describe(str(picture))[0].get("prompt")
         except GazeError:
             prompt = None  # what the file lacks is said below, with all ways to give it
-    if not isinstance(prompt, str):
+    if not isinstance(prompt, str) or not prompt.strip():
         raise GazeError(f"{picture} has no prompt", WAYS)
     return prompt

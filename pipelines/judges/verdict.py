@@ -15,5 +15,5 @@ class Verdict(NamedTuple):
     said: dict[str, Any]
 
 
-# Prompts, and as many pictures -> a verdict on each.
+# Prompts, and as many pictures in RGB -> a verdict on each.
 Judge = Callable[[Sequence[str], Sequence[Image.Image]], list[Verdict]]

@@ -1,9 +1,14 @@
 """`gaze evaluate detect` and `gaze evaluate vqa`, on finished pictures and on those of a model."""
 
 import json
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+import typer
 
+from pipelines.__main__ import app
 from pipelines.judges.everyday import SKILLS, everyday
 from pipelines.shapes.captions import caption
 from pipelines.shapes.world import draw, scene
@@ -36,14 +41,19 @@ def finished(tmp_path_factory):
 
 def test_detect_judges_finished_pictures_by_their_facts(gaze, judges, finished, tmp_path):
     options = ["evaluate", "detect", "--pictures", finished, "--judge", judges["owl"], "--colours", judges["clip"]]
-    code, out, err = gaze(*options, "--threshold", 0.9, "--only-asked", "--page", "page.html", "--json")
+    rules = ["--threshold", 0.65, "--counting-threshold", 0.4, "--margin", 0.3, "--only-asked"]
+    code, out, err = gaze(*options, *rules, "--page", "page.html", "--json")
     assert (code, err) == (0, "")
     report = json.loads(out)
     assert [*report["skills"]] == ["single object", "two objects", "counting", "colours", "position", "colour binding"]
     assert all(part["n"] == 2 for part in report["skills"].values())
     assert report["n"] == N == len(report["pictures"])
     assert report["low"] <= report["score"] + 1e-9
-    assert report["settings"]["counting_threshold"] == report["settings"]["threshold"] == 0.9
+    assert [report["settings"][name] for name in ("threshold", "counting_threshold", "margin")] == [0.65, 0.4, 0.3]
+    scores: dict[bool, list[float]] = {True: [], False: []}  # of what is found where it is counted, and elsewhere
+    for said in (picture["said"] for picture in report["pictures"]):
+        scores[said["skill"] == "counting"] += [box[-1] for boxes in said["found"].values() for box in boxes]
+    assert 0.4 < min(scores[True]) < 0.65 < min(scores[False])
     assert report["settings"]["colours"] == str(judges["clip"])
     assert sum(report["broken"].values()) > 0
     assert set(report["pictures"][0]["said"]) == {"skill", "broken", "found"}
@@ -105,6 +115,17 @@ def test_vqa_asks_questions_made_from_facts_or_of_a_file(gaze, judges, finished,
     assert report["score"] == pytest.approx(sum(rights) / N)
     assert [*report["skills"]] == ["all"]
     assert report["skills"]["all"]["n"] == N
+
+
+def test_every_command_of_the_documentation_can_be_asked():
+    """They are not run there, because their models are large."""
+    command, count = typer.main.get_command(app).commands["evaluate"], 0
+    for page in sorted((Path(__file__).parents[2] / "docs").glob("evaluation*.md")):
+        for words in (shlex.split(line, comments=True) for line in re.findall(r"evaluate (\w+ .*)", page.read_text())):
+            if words[0] in command.commands and words[1].startswith("--"):
+                command.commands[words[0]].make_context(words[0], words[1:])
+                count += 1
+    assert count >= 14
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPProcessor, SiglipModel, SiglipProcessor
+from tokenizers import normalizers
+from transformers import AutoProcessor, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast, SiglipModel, SiglipProcessor
 
 from diffusion.errors import GazeError
 from pipelines.judges.clip import clip_judge
+from pipelines.judges.interval import of_mean
 from tests.judges import small_judges
 
 PROMPTS = ["a red cat", "dog", "a dog on a red cat (blue)"]
@@ -85,6 +87,20 @@ def test_a_prompt_that_is_too_long_is_said_to_be_cut(clip, pictures):
     assert (short.said["cut"], long.said["cut"]) == (False, True)
 
 
+def test_siglip_reads_small_letters(tmp_path, siglip, pictures):
+    """As it was trained; its second version is often stored with a tokenizer that keeps capitals."""
+    model, processor = SiglipModel.from_pretrained(siglip), SiglipProcessor.from_pretrained(siglip)
+    words = processor.tokenizer.backend_tokenizer
+    words.normalizer = normalizers.NFC()
+    marks = {name: getattr(processor.tokenizer, name) for name in ("pad_token", "eos_token", "unk_token")}
+    kept = PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=small_judges.LONGEST, **marks)
+    small_judges.saved(tmp_path, model, SiglipProcessor(processor.image_processor, kept))
+    read = AutoProcessor.from_pretrained(tmp_path, backend="pil").tokenizer
+    assert read("A Red CAT").input_ids != read("a red cat").input_ids
+    judge, _ = clip_judge(str(tmp_path))
+    assert judge(["A Red CAT"], pictures[:1]) == judge(["a red cat"], pictures[:1])
+
+
 def test_a_verdict_does_not_depend_on_its_company(clip, pictures):
     judge, _ = clip_judge(clip)
     together = judge(PROMPTS, pictures)
@@ -111,6 +127,8 @@ def test_the_command_draws_and_judges(gaze, model, clip, tmp_path):
     assert report["n"] == len(report["pictures"]) == 10
     assert report["low"] <= report["score"] <= report["high"]
     assert report["score"] == pytest.approx(np.mean([picture["score"] for picture in report["pictures"]]))
+    told = of_mean([picture["score"] for picture in report["pictures"]], seed=3)
+    assert (report["low"], report["high"]) == pytest.approx((told["low"], told["high"]), abs=1e-9)
     assert [picture["seed"] for picture in report["pictures"]] == [*range(3, 13)]
     assert report["pictures"][4]["prompt"] == "a red cat 4"
     assert report["settings"]["num_inference_steps"] == 1

@@ -1,6 +1,7 @@
 """The judge by GenEval's protocol: its rules against a restatement of the published ones, its prompts, and what it
 makes of transformers' detectors and classifiers, small random ones."""
 
+import json
 import math
 from random import Random
 
@@ -10,11 +11,14 @@ from PIL import Image
 from transformers import AutoModel, AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from diffusion.errors import GazeError
+from pipelines.evaluation import wilson
 from pipelines.judges.colours import PHRASES, open_colours
-from pipelines.judges.detect import Found, Rules, broken, detect_judge, objects, relations
+from pipelines.judges.detect import Found, Rules, broken, detect_judge, objects, relations, summary
 from pipelines.judges.detectors import open_detector
 from pipelines.judges.everyday import NAMES, SKILLS, everyday, exam, plural
-from pipelines.judges.facts import COLOURS, facts_of, names_of
+from pipelines.judges.facts import COLOURS, facts_for, facts_of, names_of
+from pipelines.judges.pictures import Asked
+from pipelines.judges.verdict import Verdict
 from pipelines.places import RELATIONS
 from pipelines.shapes.world import scene
 from tests.judges import asked_models, small_judges
@@ -276,6 +280,15 @@ def test_facts_of_a_prompts_file_and_of_a_drawn_scene():
     }
 
 
+def test_lines_that_contradict_each_other_are_named():
+    cup, two = ({"include": [{"class": "cup", "count": count}]} for count in (1, 2))
+    assert facts_for([Asked("a cup", cup), Asked("a (cup:1.2)", cup)]) == {"a cup": facts_of("a cup", cup)}
+    with pytest.raises(GazeError, match="two lines say different facts of 'a cup'"):
+        facts_for([Asked("a cup", cup), Asked("a cup", two)])
+    own = exam(2000)  # some of them more than once
+    assert len(facts_for(own)) < 2000
+
+
 @pytest.mark.parametrize(
     "entry, says",
     [
@@ -338,6 +351,22 @@ def test_a_judge_that_does_not_fit_is_an_error():
         detect_judge(lambda *_: {}, None, coloured)
     with pytest.raises(GazeError, match="nothing says what a picture of 'a cow' must show"):
         detect_judge(lambda *_: {}, None, {"a dog": PLAIN})(["a cow"], [PICTURE])
+
+
+def test_the_interval_holds_where_skills_have_not_equally_many_pictures():
+    """The mean of 10 and of 200 is known as a share of 38 is, not of 210."""
+    random, held, kinds = Random(5), 0, {"one": 10, "other": 200}
+    for _ in range(300):
+        verdicts = [
+            Verdict(0.0, {"skill": skill, "broken": [] if random.random() < 0.7 else [{"fact": "missing"}]})
+            for skill, n in kinds.items()
+            for _ in range(n)
+        ]
+        found = summary(verdicts)
+        held += found["low"] <= 0.7 <= found["high"]
+    assert found["n"] == 210
+    assert (found["low"], found["high"]) == pytest.approx(wilson(38.095238 * found["score"], 38.095238))
+    assert 0.91 < held / 300 < 0.99
 
 
 # Models
@@ -404,6 +433,10 @@ def test_what_grounding_dino_finds_is_a_mean_over_the_tokens_of_a_name(tmp_path,
     assert len(expected) > 5, expected
     with pytest.raises(GazeError, match="17 names are more than the 32 tokens that this detector reads at once"):
         open_detector(folder)(picture, ["dog"] * 17)
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**stored, "model_max_length": 32}))
+    with pytest.raises(GazeError, match="17 names are more than the 32 tokens"):  # and none of them is cut off
+        open_detector(folder)(picture, ["dog"] * 17)
 
 
 def opened(folder, auto):
@@ -427,6 +460,16 @@ def test_the_colour_is_that_of_the_nearest_mean_of_three_phrases(tmp_path, pictu
     assert named == [colours[each.index(max(each))] for each in near]
     with pytest.raises(GazeError, match="is ViltModel, and a model that embeds texts and pictures"):
         open_colours(asked_models.vilt(tmp_path / "vilt"), colours)
+
+
+def test_colours_by_a_siglip_whose_tokenizer_knows_no_length(tmp_path, picture):
+    """It was trained with texts that are filled up to the length that it reads."""
+    folder, colours = small_judges.siglip(tmp_path), ["red", "blue", "green", "black"]
+    expected = open_colours(folder, colours)(picture, [(0, 0, 20, 30), (20, 10, 40, 30)], "red cat")
+    stored = json.loads((folder / "tokenizer_config.json").read_text())
+    del stored["model_max_length"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(stored))
+    assert open_colours(folder, colours)(picture, [(0, 0, 20, 30), (20, 10, 40, 30)], "red cat") == expected
 
 
 def test_a_model_of_another_kind_is_an_error(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoModel
 
 from diffusion.errors import GazeError
-from pipelines.judges.features import distance_of, enough, feature_network, frechet, nearest_judge
+from pipelines.judges.features import compare, distance_of, enough, feature_network, frechet, nearest_judge
 from pipelines.judges.interval import GROUPS, of_distance
 from tests.judges import small_judges
 
@@ -96,9 +96,16 @@ def test_the_interval_is_as_wide_as_scores_vary(kind):
     assert 0.6 < np.median(widths) / varied < 1.7
 
 
+def test_the_interval_of_a_squared_distance_ends_at_nothing():
+    found = compare("fid", cloud(0, 40), cloud(1, 40))
+    assert (found["low"], found["n"]) == (0, 40)
+    assert compare("kid", cloud(0, 40), cloud(1, 40))["low"] < 0 < found["score"] < found["high"]
+
+
 def test_too_few_pictures_are_named():
     enough("fid", 19 + 1, 20, 18)  # 19 are left, of 18 features
     for kind, real, made, width, says in (
+        ("fid", 19, 50, 3, "19 real pictures"),  # a picture for each of the 20 groups
         ("fid", 20, 19, 18, "19 made pictures are too few for a covariance of 18 features"),
         ("fid", 19, 2000, 18, "19 real pictures"),
         ("kid", 39, 50, 500, "39 real pictures are too few for the interval of kid"),

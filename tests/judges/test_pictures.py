@@ -86,6 +86,9 @@ def test_prompts_may_be_done_without(tmp_path):
     assert [each.prompt for each in read_pictures(str(tmp_path), with_prompts=False)] == [""]
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png"}')
     assert [each.prompt for each in read_pictures(str(tmp_path), with_prompts=False)] == [""]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": ""}')
+    assert [each.prompt for each in read_pictures(str(tmp_path), with_prompts=False)] == [""]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png"}')
     with pytest.raises(GazeError, match=r"metadata\.jsonl, line 1: text is None"):
         read_pictures(str(tmp_path))
 
@@ -100,6 +103,7 @@ def test_prompts_may_be_done_without(tmp_path):
         ('{"text": "a"}', "there is no picture file_name None"),
         ('{"file_name": "1.png", "text": 7}', "text is 7"),
         ('{"file_name": "1.png", "text": []}', r"text is \[\]"),
+        ('{"file_name": "1.png", "text": " "}', "text is ' '"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, says):
@@ -126,6 +130,9 @@ def test_folders_without_pictures_or_prompts_are_named(tmp_path):
         assert "metadata.jsonl" in error.value.hint
         (tmp_path / name).unlink()
     picture(tmp_path / "1.png")
+    (tmp_path / "1.txt").write_text("\n")
+    with pytest.raises(GazeError, match=r"1\.png has no prompt"):
+        read_pictures(str(tmp_path))
     (tmp_path / "1.txt").write_bytes(b"\xff")
     with pytest.raises(GazeError, match=r"1\.txt cannot be read"):
         read_pictures(str(tmp_path))

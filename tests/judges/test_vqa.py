@@ -16,11 +16,14 @@ from transformers import (
 )
 
 from diffusion.errors import GazeError
-from pipelines.judges.answers import open_asker
+from pipelines.judges.answers import NEEDED, open_asker, writer
 from pipelines.judges.everyday import everyday
 from pipelines.judges.facts import facts_of
+from pipelines.judges.interval import of_share
+from pipelines.judges.models import open_judge
 from pipelines.judges.questions import Question, questions_of, read_questions
-from pipelines.judges.vqa import Answer, tifa_judge, vqascore_judge
+from pipelines.judges.verdict import Verdict
+from pipelines.judges.vqa import Answer, tifa_judge, tifa_summary, vqascore_judge
 from tests.judges import asked_models, small_judges
 
 PICTURE = Image.new("RGB", (48, 32), "white")
@@ -121,10 +124,22 @@ def test_tifa_is_the_share_of_right_answers():
         "said": "blue",
         "probability": 0.25,
         "right": False,
+        "cut": False,
     }
     assert json.loads(json.dumps(verdict.said))
     with pytest.raises(GazeError, match="there are no questions about 'y'"):
         tifa_judge(lambda *_: Answer("red", 1.0), {"x": questions})(["y"], [PICTURE])
+
+
+def test_the_interval_of_a_kind_of_question_is_that_of_as_many_pictures():
+    """Nine questions about one picture tell no more of other pictures than one does."""
+    few, many = [{"kind": "object", "right": True}], [{"kind": "object", "right": False}] * 8
+    more = [*many, {"kind": "color", "right": True}]
+    found = tifa_summary([Verdict(1.0, {"questions": few})] * 8 + [Verdict(1 / 9, {"questions": more})] * 2)
+    assert [*found["skills"]] == ["color", "object"]
+    assert found["skills"]["color"] == of_share(1.0, 2)
+    assert found["skills"]["object"] == of_share(8 / 24, 10)
+    assert (found["score"], found["n"]) == (pytest.approx((8 + 2 / 9) / 10), 10)
 
 
 def test_vqascore_is_the_probability_of_yes():
@@ -169,6 +184,18 @@ def test_a_model_with_a_list_of_answers(tmp_path, picture):
         assert ask(picture, question, choices) == Answer(best, pytest.approx(chances[best.lower()], abs=1e-5))
     assert ask(picture, question, ["polar bear"]) == Answer(None, 0.0)
     assert vqascore_judge(ask)(["dog"], [picture])[0].score <= 1
+
+
+def test_a_question_that_is_too_long_is_said_to_be_cut_or_refused(tmp_path, picture):
+    folder = asked_models.vilt(tmp_path / "vilt")
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**tokenizer, "model_max_length": 10**30}))
+    judge = vqascore_judge(open_asker(folder))
+    short, long = judge(["dog", "dog " * 100], [picture] * 2)
+    assert (short.said["cut"], long.said["cut"]) == (False, True)
+    ask = open_asker(asked_models.blip(tmp_path / "blip"))
+    with pytest.raises(GazeError, match="602 tokens are more than the 512 that this model reads: 'dog dog"):
+        ask(picture, "dog " * 600, ["yes"])
 
 
 def greedy(next_chances, spellings, end):
@@ -223,6 +250,17 @@ def test_a_model_that_chats(tmp_path, picture, chats):
             assert ask(picture, question, choices) == Answer(expected, pytest.approx(probability, rel=1e-4))
             said.add(expected)
     assert len(said) > 3
+    # What stands for a picture is no part of a prompt.
+    assert ask(picture, "is it <image>red?", ["red", "blue"]) == ask(picture, "is it red?", ["red", "blue"])
+
+
+def test_penalties_that_a_models_own_file_asks_for_do_not_tell(tmp_path, picture):
+    """A word would be less likely, because the question has it."""
+    model, processor = open_judge(str(asked_models.llava(tmp_path)), NEEDED, "AutoModelForImageTextToText")
+    ask, questions = writer(model, processor, list_choices=False), ("is it red?", "is it blue?", "is it red or a dog?")
+    plain = [ask(picture, question, ["red", "blue"]) for question in questions]
+    model.generation_config.repetition_penalty = 50.0
+    assert [ask(picture, question, ["red", "blue"]) for question in questions] == plain
 
 
 def test_a_model_of_visual_question_answering_that_writes(tmp_path, picture):
@@ -259,5 +297,7 @@ def test_what_does_not_fit_is_an_error(tmp_path):
     ask = open_asker(tmp_path / "llava", around="Q: {question} A:")
     with pytest.raises(GazeError, match=r"does not read 'Q: is it red\? A:'"):
         ask(PICTURE, "is it red?", ["Yes"])
+    with pytest.raises(GazeError, match="reads the question alone"):
+        open_asker(asked_models.vilt(tmp_path / "vilt"), around="Q: {question} A:")
     with pytest.raises(GazeError, match="is a CLIPModel, and a model that answers questions about a picture"):
         open_asker(small_judges.clip(tmp_path / "clip"))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.judges import small_judges
+from tests.judges import asked_models, small_judges
 from tests.small_pipeline import small_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,8 @@ COMMANDS = {
     "siglip": ["clip", "--judge", "siglip", *DRAWN],
     "fid": ["fid", "--judge", "dinov2", "--real", "real", *DRAWN],
     "kid": ["kid", "--judge", "resnet", "--real", "real", "--pictures", "real"],
+    "detect": ["detect", "--judge", "owl", "--colours", "clip", "--threshold", "0.9", "-n", "7", *DRAWN[:4]],
+    "vqa": ["vqa", "--judge", "llava", "--score", "tifa", "-n", "11", *DRAWN[:4]],
     "shapes": ["shapes", "-n", "7", "--model", "model", "--steps", "2"],
 }
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1",
@@ -42,8 +44,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place, random = Path(folder), np.random.default_rng(0)
         small_pipeline().save_pretrained(place / "model")
-        for name in ("clip", "siglip", "dinov2", "resnet"):
-            getattr(small_judges, name)(place / name)
+        for kinds, names in ((small_judges, "clip siglip dinov2 resnet"), (asked_models, "owl llava")):
+            for name in names.split():
+                getattr(kinds, name)(place / name)
         (place / "prompts.txt").write_text("".join(f"a red cat {number}\n" for number in range(41)))
         (place / "real").mkdir()
         for number in range(43):
