@@ -117,6 +117,13 @@ print("heavy:", sorted(heavy))
     assert done.stdout.splitlines()[-1] == "heavy: []"
 
 
+def test_judges_need_no_command_line() -> None:
+    """A run that is judged while it trains imports them."""
+    code = "import sys, pipelines.judges.frame; print('typer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr
+
+
 def test_a_picture_is_made_without_slow_libraries(tmp_path: Path) -> None:
     from tests.small_pipeline import small_pipeline
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..facts import broken_by
+from ..facts import Facts, broken_by
 from ..images import to_rgb
 from ..places import MARGIN, SIDE
 from ..regions import box_of, regions
-from .world import BACKGROUNDS, Facts, Object, scaled
+from .world import BACKGROUNDS, Object, scaled
 
 TRIED = range(16, 33, 2)  # sides of the box in which a thing is looked for
 LEAST_EXPLAINED = 0.5  # of what differs from the background in a box; with less it is none of the things

@@ -12,11 +12,11 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from ..facts import broken_by
+from ..facts import Facts, broken_by
 from ..images import to_rgb
 from ..places import SIDE
 from ..regions import FLOOR, box_of, connected, regions
-from .world import COLOURS, SHAPES, WHITE, Facts, Object, coverage
+from .world import COLOURS, SHAPES, WHITE, Object, coverage
 
 LEAST_OVERLAP = 0.6  # with the shape that fits best; below it is none of them
 UNKNOWN = "unknown"

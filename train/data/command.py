@@ -104,7 +104,7 @@ def _caption(words: list[str]) -> int:
     # For libraries that are imported below. Tokenizers would warn of the workers that are forked after their use.
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ.update({**quiet, **os.environ})
-    from pipelines.options import dtype_of
+    from diffusion.placement import dtype_of
     from pipelines.processes import processes
 
     from ..signals import interruptible
