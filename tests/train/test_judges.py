@@ -155,6 +155,9 @@ def test_retrieval_needs_a_folder_with_both_parts(tmp_path, named):
     with pytest.raises(GazeError, match=r"retrieval needs the true pictures .* train and heldout") as error:
         ask(tmp_path, name="retrieval")
     assert error.value.hint.startswith("data.folder=FOLDER/train")
+    validation = {"every": 8, "judges": ["retrieval"]}  # 120 prompts
+    with pytest.raises(GazeError, match=r"validation\.judges: retrieval: 120 prompts .* heldout split has 3"):
+        open_judges(tiny_recipe(tmp_path, named[0] / "train", tmp_path, validation=validation), SHAPES, None)
 
 
 def test_settings_that_no_judge_takes_are_named(tmp_path, opened):
