@@ -221,6 +221,13 @@ def test_existing_captions_are_replaced_or_added_to_where_that_is_asked(pictures
     assert said(pictures)["a.png"] == [mean(pictures / "a.png")]
 
 
+def test_blank_captions_are_none(pictures, fake):
+    (pictures / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["", " "]}\n')
+    (pictures / "b.txt").write_text(" \n")
+    assert caption(pictures, PLAIN) == (5, 0, [])
+    assert rows(pictures)[:2] == [{"file_name": name, "text": mean(pictures / name)} for name in ("a.png", "b.png")]
+
+
 def test_masks_are_no_pictures_of_their_own(pictures, fake):
     (pictures / "metadata.jsonl").write_text('{"file_name": "a.png", "masks": "sub/c.png"}\n')
     caption(pictures, PLAIN)
@@ -435,6 +442,8 @@ def test_the_command_says_what_it_did(models, pictures, capsys):
     words = ["caption", str(pictures), "--model", str(models / "git"), "--tokens", "4", "--workers", "0"]
     (pictures / "broken.png").write_bytes(b"")
     assert main(words) == 0
+    with pytest.raises(GazeError, match="--workers is -1"):
+        main([*words[:-1], "-1"])
     printed = capsys.readouterr()
     assert printed.out == f"5 pictures captioned, 0 keep theirs, in {pictures / 'metadata.jsonl'}\n"
     assert (
