@@ -146,8 +146,10 @@ def test_a_prompt_is_answered_and_is_no_part_of_the_caption(models, pictures, ki
 
 def test_drawn_words_depend_on_seed_and_name_alone(models, pictures, tmp_path):
     asked = Asked(str(models / "git"), tokens=6, captions=3, temperature=1.5, seed=4)
+    shutil.copy(pictures / "a.png", pictures / "twin.png")
     caption(pictures, asked, batch_size=5)
     drawn = said(pictures)
+    assert drawn["twin.png"] != drawn["a.png"]
     for few in ("a.png", "d.png"):
         (tmp_path / few[0]).mkdir()
         shutil.copy(pictures / few, tmp_path / few[0])
