@@ -9,6 +9,7 @@ from diffusion.errors import GazeError
 from pipelines.scenes.things import read_things
 from train.data import annotations, emoji, nouns
 from train.data.folder import Folder
+from train.data.masks import Masks
 from train.data.scenes import build_scenes
 
 LIST = """\
@@ -245,7 +246,7 @@ def test_a_glyph_on_white_is_the_picture():
 @needs_packages
 def test_scenes_are_written_as_the_judge_and_the_trainer_read_them(tmp_path):
     for name in ("a", "b"):
-        build_scenes(tmp_path / name, 6, seed=3)
+        build_scenes(tmp_path / name, 6, seed=3, with_masks=True)
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
     things = read_things(tmp_path / "a")
@@ -257,6 +258,10 @@ def test_scenes_are_written_as_the_judge_and_the_trainer_read_them(tmp_path):
     found = Folder(tmp_path / "a")
     assert len(found) == 6
     assert all(len(entry.captions) == 2 for entry in found.entries)
+    marked = Masks(tmp_path / "a").marked
+    assert {name: {*each.objects} for name, each in marked.items()} == {
+        entry.name: {*entry.captions} for entry in found.entries
+    }
     with pytest.raises(GazeError, match="holds something already"):
         build_scenes(tmp_path / "a", 6)
     with pytest.raises(GazeError, match="no captions in the language 'es'"):

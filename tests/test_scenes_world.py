@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from diffusion.errors import GazeError
+from diffusion.text import words_in
 from pipelines.places import GAP, MARGIN, SIDE
-from pipelines.scenes.captions import caption
-from pipelines.scenes.world import BACKGROUNDS, SIDES, SKILLS, draw, scene
+from pipelines.scenes.captions import caption, words
+from pipelines.scenes.world import BACKGROUNDS, SIDES, SKILLS, draw, masks, scene
 from tests.made_things import GLYPHS, NOUNS, THINGS
 
 KINDS = [*THINGS]
@@ -46,6 +47,13 @@ COLOURS = {
     "fr": {"blanc": "white", "bleu": "blue", "vert": "green", "jaune": "yellow", "rose": "pink", "gris": "grey"}
     | {"violet": "purple"},
 }
+
+
+BESIDE = re.findall(
+    r"\S+",
+    """a an to the left right of above over below under and with on against background ,
+un une à la gauche droite de d'un d'une au-dessus au-dessous sous et avec sur fond""",
+)
 
 
 def parse(text, language, nouns=NOUNS):
@@ -159,3 +167,29 @@ def test_unknown_splits_and_languages_are_named():
         scene(KINDS, 0, 0, "held")
     with pytest.raises(GazeError, match="no captions in the language 'de'"):
         caption(SEEN[0], THINGS, "de")
+
+
+@pytest.mark.parametrize("language", ["en", "fr"])
+def test_words_are_the_captions_and_know_their_objects(language):
+    for each in ALL:
+        said = words(each, THINGS, language)
+        assert [word.text for word in said] == words_in(caption(each, THINGS, language), ())[0]
+        for number, thing in enumerate(each.objects):
+            one, several = THINGS[thing.kind].nouns[language]
+            own = " ".join(word.text for word in said if number in word.objects)
+            count = sum(other.kind == thing.kind for other in each.objects)
+            assert own.split(" ", 1)[1] == several if count > 1 else own == one.split(" ", 1)[1]
+        assert not {word.text for word in said if not word.objects} - {*BESIDE, *BACKGROUNDS, *COLOURS[language]}
+
+
+def test_masks_are_where_the_picture_is_no_background():
+    for each in ALL[::9]:
+        for size in (64, 128):
+            masks_OHW = masks(each, GLYPHS, size)
+            assert masks_OHW.sum(0).max() == 1
+            apart_HW = np.abs(np.asarray(draw(each, GLYPHS, size), int) - BACKGROUNDS[each.background]).max(-1)
+            assert apart_HW[~masks_OHW.any(0)].max() <= 140  # half of what a glyph and a background can be apart
+            assert (apart_HW[masks_OHW.any(0)] > 10).mean() > 0.95
+            for mask_HW, thing in zip(masks_OHW, each.objects, strict=True):
+                left, top, right, bottom = (end * size // 64 for end in thing.box)
+                assert mask_HW[top:bottom, left:right].sum() == mask_HW.sum() > 0.7 * (right - left) * (bottom - top)

@@ -65,7 +65,8 @@ class Grounding:
             of_BS[row, 1 : 1 + len(chunk.words)] = torch.tensor(chunk.words)
             name = self.source[sample.index].name
             if chunk.words and name in self.masks.marked:
+                said = self.masks.marked[name].objects[sample.caption]
                 masks_OHW = self.masks.covered(name, sample, size)
                 for word in set(chunk.words):
-                    masks_BWHW[row, word] = masks_OHW[[*self.masks.marked[name].objects[word]]].sum(dim=0)
+                    masks_BWHW[row, word] = masks_OHW[[*said[word]]].sum(dim=0)
         return of_BS, masks_BWHW

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Mapping
+from itertools import accumulate
 from random import Random
 from typing import NamedTuple
 
 from diffusion.errors import GazeError, nearest
+from diffusion.text import WORD
 
-from ..shapes.captions import one_of
+from ..shapes.captions import Word, one_of
 from .things import Thing
 from .world import Scene
 
@@ -78,24 +81,43 @@ def speaks(language: str) -> Language:
 
 def caption(scene: Scene, things: Mapping[str, Thing], language: str = "en") -> str:
     """One of the ways to say the scene's facts, a function of its name. Raises GazeError: no such language."""
-    words, random, facts = speaks(language), Random(f"caption/{language}/{scene.name}"), scene.facts
-    phrases = []
+    return "".join(part.text for part in _parts(scene, things, language))
+
+
+def words(scene: Scene, things: Mapping[str, Thing], language: str = "en") -> list[Word]:
+    """The caption's words, in order: a word of two parts, as "d'une", describes what the second one does."""
+    parts = _parts(scene, things, language)
+    ends = [*accumulate(len(part.text) for part in parts)]
+    found = WORD.finditer("".join(part.text for part in parts))
+    return [Word(word[0], parts[bisect_left(ends, word.end())].objects) for word in found]
+
+
+def _parts(scene: Scene, things: Mapping[str, Thing], language: str) -> list[Word]:
+    """What the caption is joined of, without anything between."""
+    said, random, facts = speaks(language), Random(f"caption/{language}/{scene.name}"), scene.facts
+    phrases, start = [], 0
     for asked in facts["objects"]:
         one, several = things[asked["kind"]].nouns[language]
-        count = asked["count"]
-        phrases.append(one if count == 1 else f"{one_of(random, words.numbers[count])} {several}")
+        objects = tuple(range(start, start + asked["count"]))
+        article, space, noun = one.partition(" ")
+        alone = [Word(article + space, ()), Word(noun, objects)]
+        many = len(objects) > 1
+        phrases.append([Word(f"{one_of(random, said.numbers[len(objects)])} {several}", objects)] if many else alone)
+        start += len(objects)
     if facts["relation"]:
-        between = words.relations[facts["relation"]]
+        between = said.relations[facts["relation"]]
     else:
-        between = words.joined if len(phrases) == 2 else words.joined[:1]
-    *before, last = phrases
-    text = f"{', '.join(before)} {one_of(random, between)} {last}" if before else last
+        between = said.joined if len(phrases) == 2 else said.joined[:1]
+    parts = phrases[0]
+    for number, phrase in enumerate(phrases[1:], start=2):
+        way = f" {one_of(random, between)} " if number == len(phrases) else ", "
+        parts = [*parts, Word(elided(way, phrase[0].text) if language == "fr" else way, ()), *phrase]
     if facts["background"]:
-        colour = one_of(random, words.colours[facts["background"]])
-        text += f" {one_of(random, words.background).format(colour)}"
-    return elided(text) if language == "fr" else text
+        colour = one_of(random, said.colours[facts["background"]])
+        parts.append(Word(f" {one_of(random, said.background).format(colour)}", ()))
+    return parts
 
 
-def elided(text: str) -> str:
+def elided(text: str, following: str) -> str:
     """French: "de" before "un" and "une"; the numbers behind it begin with no vowel."""
-    return re.sub(r"\bde (?=une?\b)", "d'", text)
+    return re.sub(r"\bde $", "d'", text) if re.match(r"une?\b", following) else text

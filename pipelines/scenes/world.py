@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from random import Random
 
+import numpy as np
 from PIL import Image
 
 from diffusion.errors import GazeError
@@ -122,6 +123,17 @@ def draw(scene: Scene, glyphs: Mapping[str, Image.Image], size: int = SIDE) -> I
         left, top, right, _ = (round(end * size / SIDE) for end in each.box)
         canvas.alpha_composite(scaled(glyphs[each.kind], right - left), (left, top))
     return canvas.convert("RGB")
+
+
+def masks(scene: Scene, glyphs: Mapping[str, Image.Image], size: int = SIDE) -> np.ndarray:
+    """The pixels of which each object covers at least half: masks_OHW of bool, in the order of `scene.objects`."""
+    masks_OHW = np.zeros((len(scene.objects), size, size), bool)
+    for mask_HW, each in zip(masks_OHW, scene.objects, strict=True):
+        left, top, right, _ = (round(end * size / SIDE) for end in each.box)
+        alpha_HW = np.asarray(scaled(glyphs[each.kind], right - left))[:, :, 3]
+        height, width = alpha_HW.shape
+        mask_HW[top : top + height, left : left + width] = alpha_HW >= 128
+    return masks_OHW
 
 
 def scaled(glyph: Image.Image, side: int) -> Image.Image:

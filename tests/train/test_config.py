@@ -18,6 +18,7 @@ from train.config import Recipe, _override, load_recipe
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "accelerate")
+EXPERIMENTS = [CONFIGS.parent / "benchmarks" / name for name in ("kinds.yaml", "ladder.yaml")]
 MINIMAL = {"phase": "diffusion", "out": "runs/x", "pictures": 100, "data": {"folder": "pictures"}}
 
 
@@ -184,6 +185,14 @@ def test_the_saved_recipe_is_the_recipe(tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES, ids=str)
 def test_the_recipes_of_the_repository_are_valid(recipe):
     load_recipe(recipe)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda path: path.stem)
+def test_the_arms_of_the_repositorys_experiments_are_valid_and_differ(experiment):
+    asked = yaml.safe_load(experiment.read_text())
+    recipe = CONFIGS.parent / asked["recipe"]
+    arms = {name: load_recipe(recipe, [*asked.get("set", []), *arm["set"]]) for name, arm in asked["arms"].items()}
+    assert len({arm.identity() for arm in arms.values()}) == len(arms) > 1
 
 
 def test_identity_is_of_what_a_checkpoint_depends_on():

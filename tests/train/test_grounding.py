@@ -179,6 +179,23 @@ def test_words_have_the_masks_of_their_objects_as_far_as_they_have_tokens(make):
     assert not masks_BWHW[0, 2:].any()
 
 
+def test_each_caption_of_a_picture_has_words_of_its_own(make, tmp_path):
+    rows = read(make_masked(tmp_path / "own"))
+    for row in rows:
+        if "words" in row:
+            row["text"] = [row["text"], "blue squares and red"]
+            row["words"] = [row["words"], [row["words"][i] for i in (2, 3, 1, 0)]]
+    write(tmp_path / "own", rows)
+    stream, phase = open_phase(make(data={"caption_dropout": 0.0, "folder": tmp_path / "own"}))
+    found = {}
+    for sample in map(stream.__getitem__, range(240)):
+        if sample.index == 1:
+            found[sample.caption] = phase.grounding.targets([sample], (8, 8))[1][0]
+    first, second = found["red and blue squares"], found["blue squares and red"]
+    assert torch.equal(first[[2, 3, 1, 0]], second)
+    assert not torch.equal(first[0], first[2])
+
+
 def test_a_stopped_run_goes_on_to_the_bit_and_not_with_other_masks(make, vae, tmp_path):
     pictures = make_masked(tmp_path / "own")
     options = {"pictures": 32, "data": {"folder": pictures}}

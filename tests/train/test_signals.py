@@ -42,7 +42,7 @@ def test_a_stop_while_pictures_are_encoded_leaves_nothing_half_done(tmp_path, nu
         time.sleep(0.01)
     time.sleep(0.3)
     os.killpg(process.pid, number)
-    process.join(60)
+    process.join(300)
     assert process.exitcode == 130
     said = (tmp_path / "errors").read_text()
     assert said == "stopped while preparing or exporting; the same command goes on from there\n"

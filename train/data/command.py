@@ -67,14 +67,16 @@ def _scenes(words: list[str]) -> int:
     arguments = parser.parse_args(words)
     from .scenes import build_scenes
 
-    build_scenes(arguments.out, arguments.count, arguments.seed, arguments.split, arguments.size, arguments.languages)
+    build_scenes(
+        arguments.out, arguments.count, arguments.seed, arguments.split, arguments.size, arguments.languages,
+        with_masks=arguments.masks,
+    )  # fmt: skip
     print(f"{arguments.count} pictures in {arguments.out}")
     return 0
 
 
 def _shapes(words: list[str]) -> int:
     parser = _drawing("shapes")
-    parser.add_argument("--masks", action="store_true", help="also the pixels of each object, and its words")
     arguments = parser.parse_args(words)
     from .drawn import build_shapes
 
@@ -186,6 +188,7 @@ def _drawing(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="another gives other pictures")
     parser.add_argument("--split", default="seen", help="seen or heldout combinations")
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
+    parser.add_argument("--masks", action="store_true", help="also the pixels of each object, and its words")
     return parser
 
 

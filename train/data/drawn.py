@@ -12,14 +12,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from pipelines.places import SIDE
 from pipelines.shapes.captions import caption, words
 from pipelines.shapes.world import SKILLS, Scene, draw, masks, scene
 
-from .write import check_new, write_pictures
+from .write import check_new, write_masks, write_pictures
 
 
 def draw_folder(folder: Path, count: int, size: int, seed: int) -> Path:
@@ -43,18 +40,10 @@ def write_scenes(folder: Path, scenes: Iterable[Scene], size: int, with_masks: b
     def line(index: int, each: Scene) -> dict[str, Any]:
         name = f"{index:05d}.png"
         row = {"file_name": name, "text": caption(each), "facts": each.facts}
-        return row | (_write_masks(folder, name, each, size) if with_masks else {})
+        if with_masks:
+            row["masks"] = write_masks(folder, name, masks(each, size))
+            row["objects"] = [asdict(thing) for thing in each.objects]
+            row["words"] = [word._asdict() for word in words(each)]
+        return row
 
     return write_pictures(folder, ((draw(each, size), line(index, each)) for index, each in enumerate(scenes)))
-
-
-def _write_masks(folder: Path, name: str, scene: Scene, size: int) -> dict[str, Any]:
-    (folder / "masks").mkdir(exist_ok=True)
-    masks_OHW = masks(scene, size)
-    numbers_O11 = np.arange(1, len(masks_OHW) + 1, dtype=np.uint8)[:, None, None]
-    Image.fromarray((masks_OHW * numbers_O11).max(0)).save(folder / "masks" / name)
-    return {
-        "masks": f"masks/{name}",
-        "objects": [asdict(each) for each in scene.objects],
-        "words": [word._asdict() for word in words(scene)],
-    }

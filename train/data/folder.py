@@ -91,7 +91,7 @@ def entry_of(metadata: Path, root: Path, number: int, line: bytes) -> tuple[str,
         raise GazeError(f"{where}: repeats is {repeats!r}", f"0 to {MOST_REPEATS}; 0 leaves the picture out")
     if not file.is_relative_to(root):
         raise GazeError(f"{where}: {name!r} lies outside the folder", "move the picture into the folder")
-    return name, Entry(_text(name), tuple(map(_text, captions)), repeats)
+    return name, Entry(encodable(name), tuple(map(encodable, captions)), repeats)
 
 
 def pictures_in(root: Path) -> list[Path]:
@@ -102,7 +102,7 @@ def pictures_in(root: Path) -> list[Path]:
 def _from_text_files(root: Path) -> list[tuple[str, Entry]]:
     pictures = pictures_in(root)
     names = [path.relative_to(root).as_posix() for path in pictures]
-    return [(name, Entry(_text(name), text_beside(path))) for name, path in zip(names, pictures, strict=True)]
+    return [(name, Entry(encodable(name), text_beside(path))) for name, path in zip(names, pictures, strict=True)]
 
 
 def text_beside(picture: Path) -> tuple[str, ...]:
@@ -116,6 +116,6 @@ def text_beside(picture: Path) -> tuple[str, ...]:
         raise GazeError(f"{file} is not UTF-8: {error}", "save it as UTF-8") from None
 
 
-def _text(text: str) -> str:
+def encodable(text: str) -> str:
     """Without single surrogates, which no file of ours can hold: they come from JSON and from odd file names."""
     return text.encode("utf-8", "replace").decode()

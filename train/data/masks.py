@@ -4,7 +4,8 @@
      "words": [{"text": "a", "objects": []}, {"text": "red", "objects": [0]}, {"text": "circle", "objects": [0]}]}
 
 masks: a picture of the size of the other, in grey levels: 0 where nothing is, 1 on object 0, 2 on object 1, ...
-words: those of the caption in their order, with the objects that each speaks of.
+words: those of the caption in their order, with the objects that each speaks of; where text is a list of captions, a
+list of such lists.
 """
 
 # Shapes: O objects, H W height and width of the masks that are asked for.
@@ -25,6 +26,7 @@ from diffusion.errors import GazeError
 from diffusion.text import words_in
 
 from .decode import Size, part_of
+from .folder import encodable
 from .stream import Sample
 
 EXAMPLE = (
@@ -33,10 +35,15 @@ EXAMPLE = (
 
 
 class Marked(NamedTuple):
-    """file: of the masks. objects: the numbers of those that each word of the caption speaks of."""
+    """file: of the masks. objects: by caption, the numbers of those that each of its words speaks of."""
 
     file: Path
-    objects: tuple[tuple[int, ...], ...]
+    objects: dict[str, tuple[tuple[int, ...], ...]]
+
+    @property
+    def count(self) -> int:
+        """Of objects, as far as a word speaks of them."""
+        return 1 + max((number for words in self.objects.values() for word in words for number in word), default=-1)
 
 
 class Masks:
@@ -64,9 +71,8 @@ class Masks:
         name: of the sample's picture. Raises GazeError where the file is not what it should be."""
         levels = _opened(self.marked[name].file, sample.original)
         part = part_of(sample.original, sample.size, sample.crop, sample.flipped)
-        count = 1 + max((number for objects in self.marked[name].objects for number in objects), default=-1)
-        masks_OHW = torch.zeros(count, *size)
-        for number in range(count):
+        masks_OHW = torch.zeros(self.marked[name].count, *size)
+        for number in range(len(masks_OHW)):
             mask = levels.point(lambda level, own=number + 1: 255 if level == own else 0)
             cells = np.asarray(mask.resize(size[::-1], Image.Resampling.BOX, part), np.float32) / 255
             masks_OHW[number] = torch.from_numpy(cells)
@@ -77,7 +83,7 @@ class Masks:
         total = hashlib.sha256()
         for name, marked in sorted(self.marked.items()):
             content = hashlib.sha256(marked.file.read_bytes()).hexdigest()
-            total.update(json.dumps([name, marked.objects, content]).encode())
+            total.update(json.dumps([name, *marked.objects.values(), content]).encode())
         return total.hexdigest()
 
 
@@ -97,16 +103,21 @@ def _opened(file: Path, size: Size) -> Image.Image:
 
 def _marked(row: dict[str, Any], folder: Path, where: str) -> Marked:
     try:
-        text, file = row["text"], folder / row["masks"]
-        said, _ = words_in(text, ())
-        words = [(str(word["text"]), tuple(map(int, word["objects"]))) for word in row["words"]]
+        text, words, file = row["text"], row["words"], folder / row["masks"]
+        captions, lists = ([text], [words]) if isinstance(text, str) else (text, words)
+        pairs = [(encodable(caption), list(map(_word, own))) for caption, own in zip(captions, lists, strict=True)]
     except (KeyError, TypeError, ValueError) as error:
         raise GazeError(f"{where}: masks without their words ({type(error).__name__}: {error})", EXAMPLE) from None
-    if said != [text for text, _ in words]:
-        raise GazeError(f"{where}: the caption is {text!r}, but its words are {[text for text, _ in words]}",
-                        "one caption, and all of its words in their order")  # fmt: skip
+    for caption, own in pairs:
+        if words_in(caption, ())[0] != [word for word, _ in own]:
+            raise GazeError(f"{where}: the caption is {caption!r}, but its words are {[word for word, _ in own]}",
+                            "all words of each caption, in their order")  # fmt: skip
     if not file.resolve().is_relative_to(folder.resolve()) or not file.is_file():
         raise GazeError(f"{where}: there are no masks {row['masks']!r} in the folder", "its path within the folder")
-    if any(number not in range(255) for _, objects in words for number in objects):
+    if any(number not in range(255) for _, own in pairs for _, objects in own for number in objects):
         raise GazeError(f"{where}: an object's number is not from 0 to 254", "0 for the grey level 1, and so on")
-    return Marked(file, tuple(objects for _, objects in words))
+    return Marked(file, {caption: tuple(objects for _, objects in own) for caption, own in pairs})
+
+
+def _word(word: dict[str, Any]) -> tuple[str, tuple[int, ...]]:
+    return str(word["text"]), tuple(map(int, word["objects"]))

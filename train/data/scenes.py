@@ -1,7 +1,9 @@
 """Folders of scenes of emoji, captioned in English and French. The same bytes on every run.
 
 OUT/00000.png ...
-OUT/metadata.jsonl                    {"file_name", "text": [a caption in each language], "facts"} a line
+OUT/metadata.jsonl                    {"file_name", "text": [a caption in each language], "facts"} a line; with masks
+                                      also "masks" and "words": [those of each caption]
+OUT/masks/*.png                       grey levels: 0 where nothing is, 1 on the first object, 2 on the second, ...
 OUT/glyphs/*.png, metadata.jsonl      what the scenes are made of, see pipelines/scenes/things.py
 """
 
@@ -14,13 +16,13 @@ from typing import Any
 from PIL import Image
 
 from pipelines.places import SIDE, check_split
-from pipelines.scenes.captions import caption, speaks
+from pipelines.scenes.captions import caption, speaks, words
 from pipelines.scenes.things import NAMED_IN, read_things
-from pipelines.scenes.world import draw, scene
+from pipelines.scenes.world import Scene, draw, masks, scene
 
 from . import nouns
 from .emoji import Emoji, glyph, in_language, installed
-from .write import check_new, write_pictures
+from .write import check_new, write_masks, write_pictures
 
 
 def build_scenes(
@@ -30,6 +32,7 @@ def build_scenes(
     split: str = "seen",
     size: int = SIDE,
     languages: Sequence[str] = NAMED_IN,
+    with_masks: bool = False,
 ) -> Path:
     """Draws the first `count` scenes of a split, the six skills in turn. languages: of the captions.
 
@@ -44,18 +47,17 @@ def build_scenes(
     things = {thing.name: thing for thing in read_things(out)}
     glyphs = {name: thing.glyph for name, thing in things.items()}
     scenes = (scene([*things], seed, index, split) for index in range(count))
-    pictures = (
-        (
-            draw(each, glyphs, size),
-            {
-                "file_name": f"{index:05d}.png",
-                "text": [caption(each, things, language) for language in languages],
-                "facts": each.facts,
-            },
-        )
-        for index, each in enumerate(scenes)
-    )
-    return write_pictures(out, pictures)
+
+    def line(index: int, each: Scene) -> dict[str, Any]:
+        name = f"{index:05d}.png"
+        text = [caption(each, things, language) for language in languages]
+        row = {"file_name": name, "text": text, "facts": each.facts}
+        if with_masks:
+            row["masks"] = write_masks(out, name, masks(each, glyphs, size))
+            row["words"] = [[word._asdict() for word in words(each, things, language)] for language in languages]
+        return row
+
+    return write_pictures(out, ((draw(each, glyphs, size), line(index, each)) for index, each in enumerate(scenes)))
 
 
 def write_things(out: Path) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from diffusion.errors import GazeError
@@ -20,6 +21,14 @@ def check_new(out: Path, count: int, seed: int, size: int) -> None:
         raise GazeError(f"the seed is {seed}; those below 0 are of the scenes that a model is scored on", "--seed 0")
     if out.is_dir() and any(out.iterdir()):
         raise GazeError(f"{out} holds something already", "another folder, or remove it first")
+
+
+def write_masks(folder: Path, name: str, masks_OHW: np.ndarray) -> str:
+    """Writes the masks of the picture of this name, as `masks.Masks` reads them; returns their name in the folder."""
+    (folder / "masks").mkdir(exist_ok=True)
+    numbers_O11 = np.arange(1, len(masks_OHW) + 1, dtype=np.uint8)[:, None, None]
+    Image.fromarray((masks_OHW * numbers_O11).max(0)).save(folder / "masks" / name)
+    return f"masks/{name}"
 
 
 def write_pictures(folder: Path, pictures: Iterable[tuple[Image.Image, dict[str, Any]]]) -> Path:
