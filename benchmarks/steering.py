@@ -24,9 +24,10 @@ from diffusion import excite
 from pipelines import TextToImage
 from pipelines.edit import edit
 from pipelines.evaluation import wilson
+from pipelines.facts import Facts
 from pipelines.shapes.captions import Word, caption, words
 from pipelines.shapes.judge import check, see
-from pipelines.shapes.world import Facts, Scene, scene
+from pipelines.shapes.world import Scene, scene
 
 SHARES = [(0.0, 0.0), (0.8, 0.4), (0.8, 0.8), (1.0, 0.4), (1.0, 0.8)]  # of cross- and self-attention; the first: alone
 SWAPPED = ("colour", "shape")

@@ -1,4 +1,4 @@
-"""Where weights are: networks that visit a device only while they are used, and a type that a device is no good at."""
+"""Where weights are, networks that visit a device only while they are used, and of which type."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .errors import GazeError
+from .errors import GazeError, nearest
 
 VISIT = threading.RLock()  # a network can be in one place only, and one thread may need several
 
@@ -46,3 +46,11 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     hundreds of others."""
     if dtype == torch.float16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
         raise GazeError("this CPU cannot compute in float16", "bfloat16 or float32; float16 is for a GPU")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch's type of that name. Raises GazeError for one that weights do not come in."""
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise GazeError(f"unknown dtype {name!r:.100}", nearest(name, dtypes))
+    return dtypes[name]

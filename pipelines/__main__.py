@@ -25,7 +25,6 @@ from .options import (
     PredictionType,
     Size,
     TokenizerFolder,
-    dtype_of,
     size_of,
 )
 
@@ -135,6 +134,7 @@ def convert(
     """Convert a model between a diffusers folder and one file in the original key layout of Stable Diffusion 1.x, 2.x
     or XL. Safetensors only; OUT is written whole or not at all."""
     from diffusion.convert import convert as convert_model
+    from diffusion.placement import dtype_of
 
     wanted = None if dtype is None else dtype_of(dtype)
     structure = convert_model(source, target, tokenizer, prediction_type, wanted)

@@ -17,9 +17,9 @@ from typing import Any
 from PIL import Image
 
 from diffusion.errors import GazeError
+from diffusion.placement import dtype_of
 
 from .files import check_writable, png_path
-from .options import dtype_of
 from .parameters import write_parameters
 from .png import save_png
 from .processes import Processes, own_device

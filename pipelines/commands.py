@@ -21,7 +21,6 @@ from .options import (
     PictureOptions,
     PreviewEvery,
     PreviewFile,
-    lines_of,
     no_collection,
     progress,
     with_picture_options,
@@ -63,7 +62,7 @@ def generate(
     debug: Debug = False,
 ) -> None:
     """Make pictures from prompts. Prints each file with its seed and seconds; the PNG holds prompt and settings."""
-    from .files import check_writable, plan_paths, png_path
+    from .files import check_writable, lines_of, plan_paths, png_path
     from .png import save_png
     from .processes import processes
 

@@ -107,7 +107,7 @@ def _added(said: str, text: str, unfinished: bool) -> str:
     if unfinished and len(text.strip().splitlines()) == 1:
         line = next((found[1] for ends in ("[.,;!?] ", " ") if (found := re.match(rf"(.*){ends}", line))), line)
     line = line.strip("\"'“” ")
-    if line.casefold().startswith(said.casefold()):
-        line = line[len(said) :]
+    # Letters without case may be more of them: "STRASSE" is "Straße".
+    line = next((line[end:] for end in range(len(line) + 1) if line[:end].casefold() == said.casefold()), line)
     # The grammar's one word; brackets are escaped.
     return re.sub(r"\bBREAK\b", "break", line.replace("\ufffd", "")).strip(" ,.;:")

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from .places import Box, ahead
 
+Facts = dict[str, Any]  # of a caption, with "skill" and what `broken_by` reads
+
 
 class Placed(Protocol):
     """An object that lies somewhere. Its other attributes are what can be said of it."""
@@ -16,7 +18,7 @@ class Placed(Protocol):
     def box(self) -> Box: ...
 
 
-def broken_by(facts: Mapping[str, Any], seen: Sequence[Placed], weight: Mapping[str, int]) -> set[str]:
+def broken_by(facts: Facts, seen: Sequence[Placed], weight: Mapping[str, int]) -> set[str]:
     """The facts that are not true of the objects: keys of weight, "count", "position" and "nothing else".
 
     facts: {"objects": [{"count", and keys of weight where stated}], "relation": of RELATIONS, or None}. weight: of what

@@ -1,4 +1,4 @@
-"""Where pictures go: names from prompts, checked before any work is done. Nothing here imports torch or PIL."""
+"""Where pictures go: names from prompts, checked before any work is done; files of prompts. Imports no torch or PIL."""
 
 import os
 import re
@@ -72,3 +72,16 @@ def unused(folder: Path, names: Sequence[str]) -> list[Path]:
             path, again = folder / f"{name}-{again}.png", again + 1
         paths.append(path)
     return paths
+
+
+def lines_of(file: str | None) -> list[str]:
+    """The prompts of a text file: its lines that are not blank."""
+    if file is None:
+        return []
+    try:
+        lines = Path(file).read_text("utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise GazeError(
+            f"prompts file {file!r} cannot be read: {error}", "a UTF-8 text file, one prompt a line"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]

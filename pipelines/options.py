@@ -9,12 +9,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from diffusion.errors import GazeError, nearest
 
 
 def _set_debug(wanted: bool) -> None:
@@ -176,16 +173,6 @@ def with_picture_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def dtype_of(name: str) -> Any:
-    """torch's type of that name. Raises GazeError for one that weights do not come in."""
-    import torch
-
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in dtypes:
-        raise GazeError(f"unknown dtype {name!r:.100}", nearest(name, dtypes))
-    return dtypes[name]
-
-
 @contextmanager
 def no_collection() -> Iterator[None]:
     """For imports: they make a million objects that stay, and the collector would look through all of them for garbage
@@ -196,19 +183,6 @@ def no_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def lines_of(file: str | None) -> list[str]:
-    """The prompts of a text file: its lines that are not blank."""
-    if file is None:
-        return []
-    try:
-        lines = Path(file).read_text("utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise GazeError(
-            f"prompts file {file!r} cannot be read: {error}", "a UTF-8 text file, one prompt a line"
-        ) from error
-    return [line.strip() for line in lines if line.strip()]
 
 
 def size_of(size: str | None) -> tuple[int | None, int | None]:

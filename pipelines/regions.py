@@ -1,4 +1,4 @@
-"""What is connected in a picture, for judges that look for objects.
+"""What judges that look for objects have in common: a picture's levels, and what is connected in it.
 
 Shapes of arrays: H, W height and width in pixels.
 """
@@ -6,11 +6,21 @@ Shapes of arrays: H, W height and width in pixels.
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
-from .places import Box
+from .images import to_rgb
+from .places import SIDE, Box
 
 FLOOR = 40  # pixels: what is smaller is a speck, a third of the smallest object
 DIRT = 80  # pixels of specks that together count as one more object
+
+
+def levels_of(image: Image.Image) -> np.ndarray:
+    """The levels of red, green and blue, 0 to 255, float [H, W, 3], both SIDE: a picture of another size is resized."""
+    image = to_rgb(image)
+    if image.size != (SIDE, SIDE):
+        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return np.asarray(image, float)
 
 
 def regions(mask_HW: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:

@@ -14,6 +14,7 @@ from PIL import Image
 from diffusion.errors import GazeError
 
 from .evaluation import in_batches, in_common
+from .facts import Facts
 from .images import WHITE
 from .judges.interval import of_share
 from .judges.report import score_lines
@@ -23,7 +24,6 @@ from .sheet import grid, scale_of
 
 EXAM = -1  # the seed of its scenes, which no training data has
 WORST, COLUMNS = 40, 8  # pictures of a sheet
-Facts = dict[str, Any]
 NO_MISS = Image.new("RGB", (64, 64), WHITE)
 
 

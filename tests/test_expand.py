@@ -97,6 +97,11 @@ def test_what_is_taken_of_a_models_words(text, unfinished, expected):
     assert _added("a red apple", text, unfinished) == expected
 
 
+def test_a_prompt_that_is_repeated_in_other_letters_is_no_addition():
+    assert _added("Straße bei Nacht", "STRASSE BEI NACHT, im Regen", False) == "im Regen"
+    assert _added("İstanbul", "i̇stanbul, at night", False) == "at night"
+
+
 @settings(max_examples=150, deadline=None)
 @given(ANYTHING, st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_whatever_is_asked_and_added_the_prompt_keeps_its_meaning(prompt, text):

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,19 @@ print("heavy:", sorted(heavy))
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+def test_an_installed_wheel_has_all_recipes() -> None:
+    patterns = re.findall(r'"(configs/[^"]*[*][^"]*)"', (ROOT / "pyproject.toml").read_text())
+    packed = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    assert {*(ROOT / "configs").rglob("*.yaml")} <= packed
+
+
+def test_judges_need_no_command_line() -> None:
+    """A run that is judged while it trains imports them."""
+    code = "import sys, pipelines.judges.frame; print('typer' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_a_picture_is_made_without_slow_libraries(tmp_path: Path) -> None:

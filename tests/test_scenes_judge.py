@@ -93,6 +93,13 @@ def test_things_that_touch_are_told_apart():
     assert sorted(each.kind for each in shown.objects) == ["cat", "dog"]
 
 
+@pytest.mark.parametrize("mode", ["P", "RGBA"])
+def test_a_picture_of_any_kind_is_what_it_shows(mode):
+    """A palette has no levels between two, so it cannot be resized as it is."""
+    picture = draw(SCENES[0], GLYPHS, 256).convert(mode)
+    assert see(picture, KNOWN) == see(picture.convert("RGB"), KNOWN)
+
+
 DOG, CAT, HIGH_DOG = at("dog", 4, 30), at("cat", 40, 30), at("dog", 4, 4)
 
 

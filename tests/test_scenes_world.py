@@ -56,12 +56,12 @@ un une à la gauche droite de d'un d'une au-dessus au-dessous sous et avec sur f
 )
 
 
-def parse(text, language):
+def parse(text, language, nouns=NOUNS):
     """Things with their numbers, the relation and the background that a caption says, by reading it."""
     background = re.search(BEHIND[language], text)
     text = text[: background.start()] if background else text
     said = {}
-    for name, (one, several, *french) in NOUNS.items():
+    for name, (one, several, *french) in nouns.items():
         one, several = (one, several) if language == "en" else french
         said |= {one: (name, 1)} | {f"{word} {several}": (name, number) for word, number in NUMBERS.items()}
     pattern = "|".join(sorted(map(re.escape, said), key=len, reverse=True))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from pipelines.evaluation import wilson
 
 from .config import Recipe
 from .ema import EMA
-from .judges import Figure, scores
+from .judges import Figure, Judge, scores
+from .memory import is_lack_of_memory
 from .metrics import Metrics
 from .processes import Processes
 from .sharding import gathered
@@ -51,8 +52,11 @@ def judge(
         for name, each in phase.judges.items():
             numbers = range(len(each.skills))
             batches = [numbers[start : start + asked.batch] for start in numbers[:: asked.batch]]
-            marked = shared(len(batches), lambda i: each.marks(batches[i]), processes, stopping)  # noqa: B023
-            if marked is not None:
+            marked = shared(len(batches), lambda i: _marks(each, batches[i]), processes, stopping)  # noqa: B023
+            failed = [marks for marks in marked or () if isinstance(marks, str)]
+            if failed and processes.first:
+                warnings.warn(f"the judge {name} fails and is left out: {failed[0]}; the run goes on", stacklevel=2)
+            if marked is not None and not failed:
                 figures |= scores(name, each.skills, [mark for marks in marked for mark in marks])
         if stopping():
             return False
@@ -69,19 +73,30 @@ def judge(
     return True
 
 
-def keep(folder: Path, export: Callable[[Path], None], found: dict[str, Any]) -> None:
-    """Writes the folder anew, unless it holds a model of a higher score of this kind. What the system refuses is a
-    warning, and the folder stays as it was."""
-    before = read_json(folder / FILE) if (folder / FILE).is_file() else {}
-    comparable = all(before.get(key) == found[key] for key in OF_THE_KIND)
-    if comparable and before["score"] > found["score"]:
-        return
+def _marks(judge: Judge, numbers: Sequence[int]) -> list[float] | str:
+    """The marks, or what went wrong: whatever a judge stumbles over is no reason to lose a run."""
     try:
+        return judge.marks(numbers)
+    except Exception as error:
+        if is_lack_of_memory(error):
+            raise
+        return f"{type(error).__name__}: {error}"
+
+
+def keep(folder: Path, export: Callable[[Path], None], found: dict[str, Any]) -> None:
+    """Writes the folder anew, unless it holds a model of a higher score of this kind. What the system refuses, or a
+    stranger has put there since the run began, is a warning, and the folder stays as it was."""
+    try:
+        before = read_json(folder / FILE) if (folder / FILE).is_file() else {}
+        comparable = all(before.get(key) == found[key] for key in OF_THE_KIND)
+        if comparable and before["score"] > found["score"]:
+            return
         with replacing(folder, (FILE,), "a model that a run kept") as aside:
             export(aside)
             write_json(aside / FILE, found)
-    except OSError as error:
-        warnings.warn(f"{folder} cannot be written: {error}; the run goes on, and the best before it stays",
+    except (OSError, GazeError) as error:
+        problem = error.problem if isinstance(error, GazeError) else error
+        warnings.warn(f"{folder} cannot be written: {problem}; the run goes on, and the best before it stays",
                       stacklevel=2)  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """validation.judges: what each of them asks a model to draw, and how it marks the pictures.
 
-A judge that is to be used here has a line in EXAMS.
+A judge that is to be used here has a line in EXAMS: its exam, and what each of the prompts is a test of, "" where there
+are no kinds of them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from PIL import Image
-
 from diffusion.errors import GazeError, nearest
 from diffusion.pretrained import Model
 from diffusion.prompts import escape
-from pipelines.evaluation import ENGLISH, FOLDERS, ask
-from pipelines.judges.verdict import Verdict
+from pipelines import evaluation
+from pipelines.evaluation import ENGLISH, FOLDERS
 from pipelines.shapes import evaluation as plain_shapes
 from pipelines.shapes.captions import vocabulary
-from pipelines.skills import EXAM
+from pipelines.skills import EXAM, Exam
 from pipelines.text_to_image import Request, TextToImage
 
 from .config import Judging, Recipe
@@ -29,20 +28,12 @@ LOOKED_AT = 1_000  # captions, evenly over the data
 LEAST = 0.1  # of them must be of a judge's world
 
 
-class Exam(NamedTuple):
-    """What a judge asks for. skills: what each of the prompts is a test of, "" where there are no kinds of them.
-
-    judge: prompts and their pictures -> what is said of each.
-    """
-
-    prompts: Sequence[str]
-    skills: Sequence[str]
-    judge: Callable[[Sequence[str], Sequence[Image.Image]], list[Verdict]]
+Asked = tuple[Exam | evaluation.Exam, list[str]]
 
 
 class Judge(NamedTuple):
-    """skills: as in Exam. marks: the numbers of prompts, consecutive -> the marks of the pictures that the model draws
-    of them now."""
+    """skills: of each prompt, as in EXAMS. marks: the numbers of prompts, consecutive -> the marks of the pictures that
+    the model draws of them now."""
 
     skills: Sequence[str]
     marks: Callable[[Sequence[int]], list[float]]
@@ -60,7 +51,7 @@ def open_judges(recipe: Recipe, source: Source, model: Model) -> dict[str, Judge
     that it or the model does not take."""
     asked = recipe.validation.judging
     judges: dict[str, Judge] = {
-        name: _judge(EXAMS[name](recipe, source), asked, model) for name in recipe.validation.judges
+        name: _judge(*EXAMS[name](recipe, source), asked, model) for name in recipe.validation.judges
     }
     figures = [name for judge, own in judges.items() for name in scores(judge, own.skills, [0] * len(own.skills))]
     if judges and asked.best is not None and asked.best not in figures:
@@ -68,7 +59,7 @@ def open_judges(recipe: Recipe, source: Source, model: Model) -> dict[str, Judge
     return judges
 
 
-def _judge(exam: Exam, asked: Judging, model: Model) -> Judge:
+def _judge(exam: Exam | evaluation.Exam, skills: list[str], asked: Judging, model: Model) -> Judge:
     pipe = TextToImage(model)
     options = {"num_inference_steps": asked.num_inference_steps, "guidance_scale": asked.guidance_scale}
     last = len(exam.prompts) - 1
@@ -82,7 +73,7 @@ def _judge(exam: Exam, asked: Judging, model: Model) -> Judge:
         drawn = pipe([escape(prompt) for prompt in prompts], seed=asked.seed + numbers[0], **options)
         return [verdict.score for verdict in exam.judge(prompts, drawn.images)]
 
-    return Judge(exam.skills, marks)
+    return Judge(skills, marks)
 
 
 def scores(name: str, skills: Sequence[str], marks: Sequence[float]) -> dict[str, Figure]:
@@ -98,7 +89,7 @@ def scores(name: str, skills: Sequence[str], marks: Sequence[float]) -> dict[str
 # The judges
 
 
-def shapes(recipe: Recipe, source: Source) -> Exam:
+def shapes(recipe: Recipe, source: Source) -> Asked:
     """Scenes of the shapes world; a picture that breaks no fact of its caption is right. See docs/shapes.md."""
     words, asked = vocabulary(), recipe.validation.judging
     places = range(0, len(source), -(-len(source) // LOOKED_AT))
@@ -114,10 +105,10 @@ def shapes(recipe: Recipe, source: Source) -> Exam:
         chosen = plain_shapes.ask(asked.split, asked.prompts, SCENES)
     except GazeError as error:
         raise GazeError(f"validation.judging.prompts: {error.problem}", "120, which is 20 of each") from None
-    return Exam(chosen.prompts, [facts["skill"].replace(" ", "_") for facts in chosen.facts], chosen.judge)
+    return chosen, [facts["skill"].replace(" ", "_") for facts in chosen.facts]
 
 
-def retrieval(recipe: Recipe, source: Source) -> Exam:
+def retrieval(recipe: Recipe, source: Source) -> Asked:
     """Names of pictures; right is what is nearest to the true one, see `pipelines.evaluation.evaluate_retrieval`."""
     asked, folder = recipe.validation.judging, (recipe.data.folder or recipe.out).resolve()
     heldout = folder.with_name(FOLDERS["heldout"])
@@ -127,8 +118,11 @@ def retrieval(recipe: Recipe, source: Source) -> Exam:
             f"of which data.folder is the former; here it is {recipe.data.folder}",
             "data.folder=FOLDER/train, of `python -m train data emoji FOLDER`",
         )
-    chosen = ask(folder.parent, asked.split, asked.prompts, asked.seed, ENGLISH)
-    return Exam(chosen.prompts, [""] * len(chosen.prompts), chosen.judge)
+    try:
+        chosen = evaluation.ask(folder.parent, asked.split, asked.prompts, asked.seed, ENGLISH)
+    except GazeError as error:
+        raise GazeError(f"validation.judges: retrieval: {error.problem}", error.hint) from None
+    return chosen, [""] * len(chosen.prompts)
 
 
-EXAMS: Mapping[str, Callable[[Recipe, Source], Exam]] = {"shapes": shapes, "retrieval": retrieval}
+EXAMS: Mapping[str, Callable[[Recipe, Source], Asked]] = {"shapes": shapes, "retrieval": retrieval}

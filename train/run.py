@@ -43,6 +43,14 @@ from .snapshots import PowerAverages, reconstruct
 from .validation import Samples, Watched
 from .zero import follow_weights
 
+LATER = (
+    "best",
+    "checkpoints",
+    "model",
+    "samples",
+    "snapshots",
+)  # folders that a run begins to write late
+
 
 class Phase(Watched, Protocol):
     """What is trained. The loop knows no more of it than this."""
@@ -146,7 +154,11 @@ def prepare(recipe: Recipe, accelerator: Accelerator, processes: Processes) -> R
 
 
 def open_folder(recipe: Recipe, processes: Processes) -> None:
-    """Proves that all processes see the run's folder, and makes the pictures in it that the recipe asks to draw."""
+    """Proves that all processes see the run's folder and that its own folders can be in it, and makes the pictures in
+    it that the recipe asks to draw."""
+    files = [path for path in (recipe.out / name for name in LATER) if path.exists() and not path.is_dir()]
+    if processes.first and files:
+        raise GazeError(f"{files[0]} is a file, where a run has a folder", "another name for it, or another out=DIR")
     if processes.first and recipe.validation.judges:
         check_kept(recipe.out)
     check_shared(recipe.out, processes, "out")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusion.placement import dtype_of
+
 from ..borrowed import open_borrowed, open_part
-from ..options import dtype_of
 from ..processes import own_device
 
 

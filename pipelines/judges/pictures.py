@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from diffusion.errors import GazeError
 from diffusion.prompts import escape, parse
 
-from ..options import lines_of
+from ..files import lines_of
 from ..recall import describe
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..facts import Facts
 from ..skills import EXAM, Exam, Judged, enough
 from .captions import caption, speaks
 from .judge import FACTS, check, see, templates
 from .things import read_things
-from .world import SKILLS, Facts, Scene, scene
+from .world import SKILLS, Scene, scene
 
 
 def exam(kinds: Sequence[str], split: str = "heldout", n: int = 300) -> list[Scene]:

@@ -12,11 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..facts import broken_by
-from ..images import to_rgb
+from ..facts import Facts, broken_by
 from ..places import MARGIN, SIDE
-from ..regions import box_of, regions
-from .world import BACKGROUNDS, Facts, Object, scaled
+from ..regions import box_of, levels_of, regions
+from .world import BACKGROUNDS, Object, scaled
 
 TRIED = range(16, 33, 2)  # sides of the box in which a thing is looked for
 LEAST_EXPLAINED = 0.5  # of what differs from the background in a box; with less it is none of the things
@@ -77,9 +76,7 @@ def see(image: Image.Image, known: Templates) -> Shown:
     template and place that explain most are an object, where that is half of what differs in their box or more. So on
     with what does not overlap it. What still differs and is connected is an object of kind UNKNOWN.
     """
-    if image.size != (SIDE, SIDE):
-        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    pixels_HW3 = np.asarray(to_rgb(image), np.float32)
+    pixels_HW3 = levels_of(image).astype(np.float32)
     background_3 = np.median(pixels_HW3[BORDER_HW], axis=0)
     distance, name = min(
         (float(np.linalg.norm(np.subtract(level_3, background_3))), name) for name, level_3 in BACKGROUNDS.items()

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from random import Random
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from diffusion.errors import GazeError
 
+from ..facts import Facts
 from ..places import CLEAR, RELATIONS, SIDE, Box, ahead, apart, box_at_random, check_split, is_held_out
 
 WHITE = "white"
@@ -32,8 +32,6 @@ BACKGROUNDS = {
 SIDES = {2: range(22, 27), 3: range(18, 22)}  # of an emoji's box, by how many there are
 TRIES = 10_000  # to find facts of a split; some ten suffice where there are many kinds
 SKILLS = ("two objects", "three objects", "counting", "position", "background", "all at once")
-
-Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from typing import Any
 
 from PIL import Image
 
+from ..facts import Facts
 from ..skills import EXAM, Exam, Judged, draw_all, enough, sum_up
 from .captions import caption
 from .judge import FACTS, check, see
-from .world import SKILLS, Facts, Scene, scene
+from .world import SKILLS, Scene, scene
 
 
 def exam(split: str = "heldout", n: int = 300, seed: int = EXAM) -> list[Scene]:

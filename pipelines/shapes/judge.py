@@ -12,11 +12,10 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from ..facts import broken_by
-from ..images import to_rgb
+from ..facts import Facts, broken_by
 from ..places import SIDE
-from ..regions import FLOOR, box_of, connected, regions
-from .world import COLOURS, SHAPES, WHITE, Facts, Object, coverage
+from ..regions import FLOOR, box_of, connected, levels_of, regions
+from .world import COLOURS, SHAPES, WHITE, Object, coverage
 
 LEAST_OVERLAP = 0.6  # with the shape that fits best; below it is none of them
 UNKNOWN = "unknown"
@@ -44,7 +43,7 @@ def see(image: Image.Image) -> list[Seen]:
     colour. An object is what is connected, by corners too, and of one colour; the shape is that of which the same box
     holds most like it (intersection over union), UNKNOWN where none is or where the box is larger than any object's.
     """
-    kinds_HW = _kinds(to_rgb(image))
+    kinds_HW = _kinds(levels_of(image))
     parts_HW = connected(kinds_HW)
     wholes, dirt = regions(kinds_HW > 0)
     found = [mask_HW for whole_HW in wholes for mask_HW in _of_one_colour(whole_HW, parts_HW)] + dirt
@@ -63,11 +62,9 @@ def check(facts: Facts, seen: Sequence[Object]) -> list[str]:
     return [fact for fact in FACTS if fact in broken]
 
 
-def _kinds(image: Image.Image) -> np.ndarray:
+def _kinds(levels_HW3: np.ndarray) -> np.ndarray:
     """[H, W]: 0 where the picture is white, else 1 + the number of the colour."""
-    if image.size != (SIDE, SIDE):
-        image = image.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    from_white_N3 = np.asarray(image, float).reshape(-1, 3) - WHITE
+    from_white_N3 = levels_HW3.reshape(-1, 3) - WHITE
     along_NK = from_white_N3 @ _WHITE_TO_COLOUR_K3.T
     share_NK = np.clip(along_NK / _LENGTHS_K, 0, 1)
     distance_NK = share_NK * (share_NK * _LENGTHS_K - 2 * along_NK)  # squared, but for what is the same for all colours

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..facts import Facts
 from ..places import CLEAR, RELATIONS, SIDE, Box, ahead, apart, box_at_random, check_split, is_held_out
 
 SAMPLES = 8  # of a pixel's side, for smooth edges
@@ -44,8 +45,6 @@ SIZES = {"small": range(15, 18), "large": range(25, 28)}  # sides of the box
 COUNTS = range(2, 5)
 MOST_LARGE = 2  # objects; with more of them all are small
 SKILLS = ("single object", "two objects", "counting", "colours", "position", "colour binding")
-
-Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)

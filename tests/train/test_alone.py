@@ -77,6 +77,26 @@ def test_other_processes_of_a_run_and_disks_without_locks_are_let_through(tmp_pa
         pass
 
 
+def test_a_mark_that_the_run_before_removes_meanwhile_is_not_taken_for_ones_own(tmp_path, monkeypatch):
+    lock, removed = fcntl.lockf, []
+
+    def late(*arguments):
+        if not removed:
+            removed.append((tmp_path / MARK).unlink())
+        lock(*arguments)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with alone(tmp_path, Processes()):
+        assert (tmp_path / MARK).read_text().startswith("process ")
+    assert removed == [None]
+
+
+def test_a_mark_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / MARK).mkdir()
+    with pytest.raises(GazeError, match=r"\.run cannot be written: Is a directory"), alone(tmp_path, Processes()):
+        raise AssertionError
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(GazeError, match="file' cannot be written") as error, alone(tmp_path / "file", Processes()):

@@ -118,6 +118,24 @@ def test_what_does_not_fit_into_memory_is_left_out(recipe):
     assert not (recipe().out / FOLDER).exists()
 
 
+@pytest.mark.filterwarnings("ignore:the judge shapes fails")
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_judge_that_fails_is_left_out_and_the_run_goes_on(recipe, count):
+    def odd(numbers):
+        if 4 in numbers:
+            raise ValueError("an odd picture")
+        return [0.0] * len(numbers)
+
+    phases = [Small() for _ in range(count)]
+    for phase in phases:
+        phase.judges = {"shapes": Judge(["one"] * 9, odd), "others": phase.judges["shapes"]}
+    found = Together(count).run(lambda processes: look(recipe(), phases[processes.rank], processes=processes))
+    assert found == [True] * count
+    assert rows(recipe().out)[0].keys() == {"pictures", "others", "others/one", "others/two"}
+    with pytest.warns(UserWarning, match="the judge shapes fails and is left out: ValueError: an odd picture; the run"):
+        look(recipe(), phases[0])
+
+
 # What is kept
 
 
@@ -157,6 +175,16 @@ def test_where_it_cannot_be_written_the_one_before_stays(recipe, monkeypatch):
         assert look(recipe(), phase, 24)
     assert kept(recipe().out)["pictures"] == 16
     assert sorted(path.name for path in recipe().out.iterdir()) == [FOLDER, "metrics.jsonl"]
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_what_a_stranger_puts_there_meanwhile_ends_no_run(recipe, content):
+    look(recipe(), Small(0b1))
+    found = recipe().out / FOLDER / FILE
+    found.unlink() if content is None else found.write_text(content)
+    with pytest.warns(UserWarning, match=r"best cannot be written: .*the run goes on"):
+        assert look(recipe(), Small(0b11), 24)
+    assert (recipe().out / FOLDER / "unet" / "weight").read_text() == "1.0"
 
 
 FOUND = {"by": "shapes", "score": 0.5, "settings": {}, "identity": ""}
@@ -298,6 +326,15 @@ def test_looks_that_signals_cut_short_are_made_up_for_once(straight, options, tm
     run_here(recipe)
     assert rows(recipe.out) == rows(straight.out)
     assert (recipe.out / FOLDER / FILE).read_bytes() == (straight.out / FOLDER / FILE).read_bytes()
+
+
+@pytest.mark.parametrize("name", [FOLDER, "checkpoints", "model"])
+def test_a_file_where_a_folder_is_to_be_is_said_before_the_run(options, tmp_path, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).touch()
+    with pytest.raises(GazeError, match=f"{name} is a file, where a run has a folder"):
+        run_here(options(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [name]
 
 
 def test_something_else_in_its_place_is_said_before_the_run(options, tmp_path):

@@ -146,8 +146,10 @@ def test_a_prompt_is_answered_and_is_no_part_of_the_caption(models, pictures, ki
 
 def test_drawn_words_depend_on_seed_and_name_alone(models, pictures, tmp_path):
     asked = Asked(str(models / "git"), tokens=6, captions=3, temperature=1.5, seed=4)
+    shutil.copy(pictures / "a.png", pictures / "twin.png")
     caption(pictures, asked, batch_size=5)
     drawn = said(pictures)
+    assert drawn["twin.png"] != drawn["a.png"]
     for few in ("a.png", "d.png"):
         (tmp_path / few[0]).mkdir()
         shutil.copy(pictures / few, tmp_path / few[0])
@@ -219,6 +221,13 @@ def test_existing_captions_are_replaced_or_added_to_where_that_is_asked(pictures
     assert (pictures / "metadata.jsonl").read_bytes() == added, "nothing is said twice"
     caption(pictures, PLAIN._replace(existing="replace"))
     assert said(pictures)["a.png"] == [mean(pictures / "a.png")]
+
+
+def test_blank_captions_are_none(pictures, fake):
+    (pictures / "metadata.jsonl").write_text('{"file_name": "a.png", "text": ["", " "]}\n')
+    (pictures / "b.txt").write_text(" \n")
+    assert caption(pictures, PLAIN) == (5, 0, [])
+    assert rows(pictures)[:2] == [{"file_name": name, "text": mean(pictures / name)} for name in ("a.png", "b.png")]
 
 
 def test_masks_are_no_pictures_of_their_own(pictures, fake):
@@ -435,6 +444,8 @@ def test_the_command_says_what_it_did(models, pictures, capsys):
     words = ["caption", str(pictures), "--model", str(models / "git"), "--tokens", "4", "--workers", "0"]
     (pictures / "broken.png").write_bytes(b"")
     assert main(words) == 0
+    with pytest.raises(GazeError, match="--workers is -1"):
+        main([*words[:-1], "-1"])
     printed = capsys.readouterr()
     assert printed.out == f"5 pictures captioned, 0 keep theirs, in {pictures / 'metadata.jsonl'}\n"
     assert (

@@ -108,6 +108,15 @@ def test_retrieval_is_marked_as_gaze_evaluate_scores_it(opened, named, split, ri
     assert evaluate_retrieval(pipe, folder, split, n)["right"] == right
 
 
+def test_brackets_in_a_name_are_no_weights(opened, named):
+    folder, pictures = named
+    metadata = folder / "heldout" / "metadata.jsonl"
+    metadata.write_text(metadata.read_text().replace('"v"', '"v (old)"'))
+    judge, pipe = opened("retrieval", {r"v \(old\)": pictures["v"]}, folder / "train", prompts=3)
+    assert sum(judge.marks(range(3))) == 1
+    assert sorted(pipe.asked[0][0]) == ["u", r"v \(old\)", "w"]
+
+
 def test_the_vocabulary_is_what_captions_say():
     assert {word for index in range(90) for word in caption(scene(0, index)).split()} < vocabulary()
     assert len(vocabulary()) == 47  # docs/shapes.md
@@ -149,12 +158,16 @@ def test_data_of_another_world_are_refused_and_those_of_several_are_not(tmp_path
         ask(tmp_path, [*OTHERS, SHAPES[0]])
     opened("shapes", {})
     ask(tmp_path, [*OTHERS[:10], SHAPES[0]])
+    ask(tmp_path, OTHERS[:1] * 2500 + SHAPES[:1] * 1000)
 
 
 def test_retrieval_needs_a_folder_with_both_parts(tmp_path, named):
     with pytest.raises(GazeError, match=r"retrieval needs the true pictures .* train and heldout") as error:
         ask(tmp_path, name="retrieval")
     assert error.value.hint.startswith("data.folder=FOLDER/train")
+    validation = {"every": 8, "judges": ["retrieval"]}  # 120 prompts
+    with pytest.raises(GazeError, match=r"validation\.judges: retrieval: 120 prompts .* heldout split has 3"):
+        open_judges(tiny_recipe(tmp_path, named[0] / "train", tmp_path, validation=validation), SHAPES, None)
 
 
 def test_settings_that_no_judge_takes_are_named(tmp_path, opened):

@@ -33,7 +33,7 @@ from ..randomness import randomness
 from .captioner import Captioner, captions, open_captioner, prepare
 from .folder import SUFFIXES, entry_of, lines_of, pictures_in, read_file, require_folder, text_beside
 from .parallel import in_parallel
-from .source import Skipped
+from .source import Entry, Skipped
 
 UNFINISHED = "captions-{}.unfinished"
 WIDEST = 2048  # pixels of a side; a larger picture is made smaller before the model's own processor sees it
@@ -68,13 +68,14 @@ class Report(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A picture. line: of metadata.jsonl, b"" where it names it not; said: what that line says."""
+    """A picture. line: of metadata.jsonl, b"" where it names it not; said: what that line says. captions: that are
+    there, but for blank ones. asked: whether it is to get new ones."""
 
     name: str
     line: bytes
     said: dict[str, Any]
     captions: tuple[str, ...]
-    repeats: int
+    asked: bool
 
 
 class Batch(NamedTuple):
@@ -105,7 +106,7 @@ def caption(
     _check(asked, batch_size)
     require_folder(root)
     check_writable(root)
-    todo = [*dict.fromkeys(row.name for row in _rows(root, asked.existing) if _is_asked(row, asked.existing))]
+    todo = [*dict.fromkeys(row.name for row in _rows(root, asked.existing) if row.asked)]
     done = _done(root, asked)
     mine = [name for name in todo[group.rank :: group.count] if name not in done]
     skipped: list[Skipped] = []
@@ -139,7 +140,7 @@ def _rows(root: Path, existing: str) -> list[Row]:
     rows = []
     for place, line in lines_of(metadata) if metadata.is_file() else []:
         name, entry = entry_of(metadata, base, place, line)
-        rows.append(Row(name, line, json.loads(line.decode("utf-8-sig")), entry.captions, entry.repeats))
+        rows.append(_row(name, line, json.loads(line.decode("utf-8-sig")), entry, existing))
         if "words" in rows[-1].said and existing != "keep":
             problem = f"{metadata}, line {place}: words with their objects belong to the caption that is there"
             raise GazeError(problem, "--existing keep, or a copy of the folder without them")
@@ -151,14 +152,15 @@ def _rows(root: Path, existing: str) -> list[Row]:
             if not path.resolve().is_relative_to(base):
                 problem = f"{path} is a link to a file outside the folder, which metadata.jsonl may not name"
                 raise GazeError(problem, "a copy of the picture in its place")
-            rows.append(Row(name, b"", {"file_name": name}, captions, 1))
+            rows.append(_row(name, b"", {"file_name": name}, Entry(name, captions), existing))
     if not rows:
         raise GazeError(f"{root} holds no picture", f"files that end in {', '.join(SUFFIXES)}")
     return rows
 
 
-def _is_asked(row: Row, existing: str) -> bool:
-    return row.repeats > 0 and (existing != "keep" or not row.captions)
+def _row(name: str, line: bytes, said: dict[str, Any], entry: Entry, existing: str) -> Row:
+    captions = tuple(filter(str.strip, entry.captions))
+    return Row(name, line, said, captions, entry.repeats > 0 and not (captions and existing == "keep"))
 
 
 def _done(root: Path, asked: Asked) -> dict[str, list[str]]:
@@ -269,7 +271,7 @@ def _finish(root: Path, asked: Asked, skipped: list[Skipped]) -> Report:
     rows = _rows(root, asked.existing)
     lines = []
     for row in rows:
-        new = texts.get(row.name, []) if _is_asked(row, asked.existing) else []
+        new = texts.get(row.name, []) if row.asked else []
         if row.line and not new:
             lines.append(row.line + b"\n")
             continue

@@ -103,10 +103,11 @@ def _caption(words: list[str]) -> int:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16 (default: the model's own)")
     given = parser.parse_args(words)
+    _check_workers(given.workers)
     # For libraries that are imported below. Tokenizers would warn of the workers that are forked after their use.
     quiet = {"TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ.update({**quiet, **os.environ})
-    from pipelines.options import dtype_of
+    from diffusion.placement import dtype_of
     from pipelines.processes import processes
 
     from ..signals import interruptible
@@ -201,14 +202,18 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _check_workers(count: int) -> None:
+    if not 0 <= count <= MOST_WORKERS:
+        raise GazeError(f"--workers is {count}", f"0 to {MOST_WORKERS} processes")
+
+
 @contextmanager
 def _opened(arguments: argparse.Namespace) -> Iterator[Any]:
     """The place that the command line names. What is fetched from a URL is kept for as long as the command runs."""
     from ..config import Data
     from .open import data_at, open_place
 
-    if not 0 <= arguments.workers <= MOST_WORKERS:
-        raise GazeError(f"--workers is {arguments.workers}", f"0 to {MOST_WORKERS} processes")
+    _check_workers(arguments.workers)
     options = {name: getattr(arguments, name) for name in ("image_column", "text_column", "split")}
     with tempfile.TemporaryDirectory() as cache:
         yield open_place(Data.model_validate({**options, **data_at(arguments.source)}), Path(cache))

@@ -51,7 +51,7 @@ def build_scenes(
     def line(index: int, each: Scene) -> dict[str, Any]:
         name = f"{index:05d}.png"
         text = [caption(each, things, language) for language in languages]
-        row = {"file_name": name, "text": text, "facts": each.facts}
+        row: dict[str, Any] = {"file_name": name, "text": text, "facts": each.facts}
         if with_masks:
             row["masks"] = write_masks(out, name, masks(each, glyphs, size))
             row["words"] = [[word._asdict() for word in words(each, things, language)] for language in languages]
