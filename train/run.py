@@ -43,13 +43,7 @@ from .snapshots import PowerAverages, reconstruct
 from .validation import Samples, Watched
 from .zero import follow_weights
 
-LATER = (
-    "best",
-    "checkpoints",
-    "model",
-    "samples",
-    "snapshots",
-)  # folders that a run begins to write late
+LATER = ("best", "checkpoints", "model", "samples", "snapshots")  # folders that a run begins to write late
 
 
 class Phase(Watched, Protocol):

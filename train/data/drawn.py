@@ -39,7 +39,7 @@ def write_scenes(folder: Path, scenes: Iterable[Scene], size: int, with_masks: b
 
     def line(index: int, each: Scene) -> dict[str, Any]:
         name = f"{index:05d}.png"
-        row = {"file_name": name, "text": caption(each), "facts": each.facts}
+        row: dict[str, Any] = {"file_name": name, "text": caption(each), "facts": each.facts}
         if with_masks:
             row["masks"] = write_masks(folder, name, masks(each, size))
             row["objects"] = [asdict(thing) for thing in each.objects]

@@ -41,7 +41,7 @@ class Marked(NamedTuple):
     objects: dict[str, tuple[tuple[int, ...], ...]]
 
     @property
-    def count(self) -> int:
+    def number_of_objects(self) -> int:
         """Of objects, as far as a word speaks of them."""
         return 1 + max((number for words in self.objects.values() for word in words for number in word), default=-1)
 
@@ -71,7 +71,7 @@ class Masks:
         name: of the sample's picture. Raises GazeError where the file is not what it should be."""
         levels = _opened(self.marked[name].file, sample.original)
         part = part_of(sample.original, sample.size, sample.crop, sample.flipped)
-        masks_OHW = torch.zeros(self.marked[name].count, *size)
+        masks_OHW = torch.zeros(self.marked[name].number_of_objects, *size)
         for number in range(len(masks_OHW)):
             mask = levels.point(lambda level, own=number + 1: 255 if level == own else 0)
             cells = np.asarray(mask.resize(size[::-1], Image.Resampling.BOX, part), np.float32) / 255
