@@ -29,7 +29,7 @@ from diffusion.attention_sites import attending, sites
 from diffusion.unet import UNet
 from pipelines import TextToImage
 from pipelines.benchmark import fresh_process
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 
 PROMPT = "a photograph of an astronaut riding a white horse on the moon"
 ONCE = """

@@ -25,7 +25,7 @@ from pipelines.images import to_pil, to_tensor
 from pipelines.places import SPLITS, apart, box_at_random
 from pipelines.shapes.judge import check, see
 from pipelines.shapes.world import COLOURS, SHAPES, SIZES, Object, Scene, draw, masks, scene
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 
 NOISE, BLUR, QUALITY = 25, 1.0, 40  # standard deviation of 255 levels, pixels, of JPEG
 BATCH = 50

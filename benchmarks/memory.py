@@ -22,7 +22,7 @@ from diffusion.pretrained import model_index
 from diffusion.structure import SCHEDULE
 from diffusion.unet import UNet, UNetConfig
 from pipelines.benchmark import fresh_process
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 
 GAZE = """
 import sys, torch

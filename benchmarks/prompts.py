@@ -20,7 +20,7 @@ from diffusion.prompts import HIGHEST, LOWEST
 from diffusion.text import Reading, TextEncoder
 from pipelines.parameters import NEGATIVE, read_parameters, write_parameters
 from pipelines.png import read_settings, read_texts, save_png
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 
 PIECES = ["(", ")", "[", "]", "((((", "))))", ":1.3)", ":nan)", ":-5)", ":1e308)", ": ", ":" * 50, "\\", "\\(", "BREAK"]
 PIECES += ["\u708e", "\u0645\u0631", "\u202e", "\U0001f469\u200d\U0001f680", "\x00", "\udcff", "\n", "1"]

@@ -20,7 +20,7 @@ from diffusion.autoencoder import Autoencoder
 from pipelines.images import to_tensor
 from pipelines.scenes.things import read_things
 from pipelines.scenes.world import WHITE, draw, scene
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 from train.data import emoji
 from train.data.scenes import write_things
 

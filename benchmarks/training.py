@@ -41,7 +41,7 @@ import yaml
 
 from diffusion.autoencoder import Autoencoder, AutoencoderConfig
 from diffusion.unet import UNet, UNetConfig
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 from tests.train.tiny import free_port, merged
 from train.config import Recipe
 from train.data.drawn import draw_folder

@@ -136,8 +136,10 @@ def convert(
     from diffusion.convert import convert as convert_model
     from diffusion.placement import dtype_of
 
+    from .shipped import place_of
+
     wanted = None if dtype is None else dtype_of(dtype)
-    structure = convert_model(source, target, tokenizer, prediction_type, wanted)
+    structure = convert_model(place_of(source), target, tokenizer, prediction_type, wanted)
     report = {"path": target, "structure": structure.family.name, **structure.schedule}
     print(json.dumps(report) if as_json else f"{target}  {structure.family.name}, {report['prediction_type']}")
 
@@ -146,7 +148,7 @@ def convert(
 def inspect(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Folder, .safetensors file or hub id. [default: the shipped model]"),
+        typer.Argument(metavar="MODEL", help="Folder, .safetensors file, hub id, emoji, shapes. [default: emoji]"),
     ] = None,
     size: Size = None,
     prediction_type: PredictionType = None,

@@ -20,7 +20,8 @@ import torch
 from diffusion.errors import GazeError, nearest
 from diffusion.hub import local_path
 from pipelines.request import Request
-from pipelines.text_to_image import DEFAULT_MODEL, TextToImage
+from pipelines.shipped import place_of
+from pipelines.text_to_image import TextToImage
 
 # Samplers without noise between the steps, and the diffusers class that each must agree with.
 DIFFUSERS_CLASS = {
@@ -77,7 +78,7 @@ def compare(
         raise GazeError(
             f"scheduler {scheduler!r} cannot be compared picture by picture", nearest(scheduler, DIFFUSERS_CLASS)
         )
-    folder = str(local_path(DEFAULT_MODEL if folder is None else folder))
+    folder = str(local_path(place_of(folder)))
     if Path(folder).is_file():
         raise GazeError(f"{folder} is a single file, and the comparison opens folders", f"gaze convert {folder} FOLDER")
     gaze = TextToImage.from_pretrained(folder)

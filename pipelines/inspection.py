@@ -19,7 +19,7 @@ from diffusion.single_file import open_single_file
 from diffusion.unet import UNet
 
 from .checks import picture_size
-from .text_to_image import DEFAULT_MODEL
+from .shipped import place_of
 
 BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -37,7 +37,7 @@ def inspect(
     memory: bytes of the weights, of what a step with guidance and the decoding of one picture add to them, and the most
     of all at once. Raises GazeError for a model that cannot be opened; the weights of a folder are not looked at.
     """
-    path = local_path(DEFAULT_MODEL if path is None else path)
+    path = local_path(place_of(path))
     if not os.path.exists(path):
         raise GazeError(f"model {str(path)!r} does not exist", "check the path")
     single = path.is_file()

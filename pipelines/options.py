@@ -22,11 +22,12 @@ def _set_debug(wanted: bool) -> None:
 Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of an error.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 ModelFolder = Annotated[
-    str | None, typer.Option("--model", metavar="FOLDER", help="Model folder or hub id. [default: the shipped model]")
+    str | None,
+    typer.Option("--model", metavar="FOLDER", help="Folder, hub id, emoji or shapes. [default: emoji]"),
 ]
 ModelPath = Annotated[
     str | None,
-    typer.Option("--model", metavar="PATH", help="Folder, .safetensors file or hub id. [default: the shipped model]"),
+    typer.Option("--model", metavar="PATH", help="Folder, .safetensors file, hub id, emoji, shapes. [default: emoji]"),
 ]
 TokenizerFolder = Annotated[
     str | None,

@@ -10,6 +10,7 @@ from diffusion.errors import GazeError
 
 from .parameters import read_parameters
 from .png import A_PICTURE_OF_OURS, PARAMETERS, SETTINGS, read_settings, read_texts
+from .shipped import place_of
 from .sources import check_unchanged, located
 
 NUMBER = (int, float)
@@ -101,7 +102,7 @@ def recall(path: str, given: dict[str, Any]) -> dict[str, Any]:
 
 def _is_here(model: str) -> bool:
     """Whether it can be opened without a download, which nobody asked for who repeats a stranger's picture."""
-    if model == SHIPPED or os.path.exists(model):
+    if model == SHIPPED or os.path.exists(place_of(model)):
         return True
     from diffusion.hub import cached_path  # imports torch, which is not needed to say what a PNG holds
 

@@ -30,11 +30,10 @@ from diffusion.words import words_of
 from .canvas import Start, start
 from .images import to_pil
 from .request import Plan, Request, make_plan
+from .shipped import place_of
 from .word_maps import Group, PixelMaps, Recording, WordMaps, pixel_maps, word_maps
 
 Around = Callable[[Denoiser, list[int]], Denoise]
-
-DEFAULT_MODEL = Path(__file__).parent / "models" / "emoji"
 
 
 @dataclass(frozen=True)
@@ -119,11 +118,12 @@ class TextToImage:
         dtype: torch.dtype = torch.float32,
     ) -> TextToImage:
         """Opens a folder that StableDiffusionPipeline.save_pretrained or our training wrote, a model of the hub by its
-        id, or a single file in the original key layout; None: the shipped model. The other arguments: see `load_model`.
+        id, a single file in the original key layout, or a shipped model by its name, "emoji" or "shapes"; None: the
+        former. The other arguments: see `load_model`.
 
         Raises GazeError when the model is missing, broken or of another kind.
         """
-        model = load_model(DEFAULT_MODEL if path is None else path, tokenizer, prediction_type, dtype)
+        model = load_model(place_of(path), tokenizer, prediction_type, dtype)
         pack(model.unet)
         return cls(model)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from diffusion.prompts import DEEPEST, HIGHEST, LOWEST, Chunk, Span, closed, escape, parse
 from diffusion.text import MOST_CHUNKS, TextEncoder
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 
 GRAMMAR = st.text(alphabet="()[]:\\ aB1.5-", max_size=40)
 PIECES = st.lists(

@@ -23,7 +23,7 @@ from diffusion.scores import KINDS, Additive
 from pipelines import TextToImage
 from pipelines.benchmark import compare
 from pipelines.inspection import inspect, table, unet_flops
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 from tests.test_unet import SMALL, randn, small_unet
 from tests.train.tiny import open_phase, run_here, tiny_recipe, weights
 from train.choice import choose, networks

@@ -191,7 +191,7 @@ class Validation(Section):
     bins: Few = 8  # of noise level, for the held-out loss
     pictures: Positive = 256  # at most so many of the held-out ones
     attention: bool = False  # log how these attend to the words of their captions
-    judges: tuple[Literal["shapes", "retrieval"], ...] = ()  # of what is drawn; out/best holds the best model so far
+    judges: tuple[Literal["shapes", "scenes", "retrieval"], ...] = ()  # of what is drawn, for out/best
     judging: Judging = Judging()
 
     @property

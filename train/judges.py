@@ -15,6 +15,7 @@ from diffusion.pretrained import Model
 from diffusion.prompts import escape
 from pipelines import evaluation
 from pipelines.evaluation import ENGLISH, FOLDERS
+from pipelines.scenes import evaluation as emoji_scenes
 from pipelines.shapes import evaluation as plain_shapes
 from pipelines.shapes.captions import vocabulary
 from pipelines.skills import EXAM, Exam
@@ -105,7 +106,18 @@ def shapes(recipe: Recipe, source: Source) -> Asked:
         chosen = plain_shapes.ask(asked.split, asked.prompts, SCENES)
     except GazeError as error:
         raise GazeError(f"validation.judging.prompts: {error.problem}", "120, which is 20 of each") from None
-    return chosen, [facts["skill"].replace(" ", "_") for facts in chosen.facts]
+    return chosen, _skills(chosen)
+
+
+def scenes(recipe: Recipe, source: Source) -> Asked:
+    """Scenes of emoji, asked for in English; a picture that breaks no fact of its caption is right. See
+    docs/emoji-scenes.md."""
+    asked = recipe.validation.judging
+    try:
+        chosen = emoji_scenes.ask(recipe.data.folder or recipe.out, asked.split, asked.prompts, seed=SCENES)
+    except GazeError as error:
+        raise GazeError(f"validation.judges: scenes: {error.problem}", error.hint) from None
+    return chosen, _skills(chosen)
 
 
 def retrieval(recipe: Recipe, source: Source) -> Asked:
@@ -125,4 +137,12 @@ def retrieval(recipe: Recipe, source: Source) -> Asked:
     return chosen, [""] * len(chosen.prompts)
 
 
-EXAMS: Mapping[str, Callable[[Recipe, Source], Asked]] = {"shapes": shapes, "retrieval": retrieval}
+def _skills(exam: Exam) -> list[str]:
+    return [facts["skill"].replace(" ", "_") for facts in exam.facts]
+
+
+EXAMS: Mapping[str, Callable[[Recipe, Source], Asked]] = {
+    "shapes": shapes,
+    "scenes": scenes,
+    "retrieval": retrieval,
+}

@@ -22,7 +22,7 @@ from diffusion.scheduler_config import kind_of
 from diffusion.schedulers import default_name
 from diffusion.text import TextEncoder
 from diffusion.unet import UNet, UNetConfig
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL, place_of
 
 from . import config, lora
 from .choice import networks, text_frozen
@@ -75,7 +75,7 @@ def open_model(options: config.Model) -> Model:
     """The model to fine-tune. options.scheduler replaces single options of its own; all of them where it makes a
     flow-matching model of another one, or the other way, because the two have none in common."""
     try:
-        model = load_model(str(options.init_from))
+        model = load_model(place_of(options.init_from))
     except GazeError as error:
         hint = (
             "a tokenizer/ folder beside the file"

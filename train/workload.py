@@ -31,7 +31,7 @@ from diffusion.hub import local_path
 from diffusion.recompute import recompute
 from diffusion.single_file import open_single_file
 from diffusion.unet import UNet
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL, place_of
 
 from .choice import choose, text_frozen
 from .config import Recipe
@@ -133,7 +133,7 @@ def _fresh(recipe: Recipe) -> tuple[UNet, Autoencoder, dict[str, CLIPText]]:
 
 
 def _opened(init_from: str) -> tuple[UNet, Autoencoder, dict[str, CLIPText]]:
-    path = local_path(init_from)
+    path = local_path(place_of(init_from))
     if not path.exists():
         raise GazeError(f"model.init_from {init_from!r} does not exist", "check the path")
     with torch.device("cpu"):  # the noise levels are looked at

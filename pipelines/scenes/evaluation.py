@@ -15,13 +15,13 @@ from .things import read_things
 from .world import SKILLS, Scene, scene
 
 
-def exam(kinds: Sequence[str], split: str = "heldout", n: int = 300) -> list[Scene]:
+def exam(kinds: Sequence[str], split: str = "heldout", n: int = 300, seed: int = EXAM) -> list[Scene]:
     """The scenes whose captions are asked for, the same in each language and for the same kinds, the skills in turn.
     GazeError: n < 6, no such split."""
-    return [scene(kinds, EXAM, index, split) for index in range(enough(n, SKILLS))]
+    return [scene(kinds, seed, index, split) for index in range(enough(n, SKILLS))]
 
 
-def ask(data: str | Path, split: str = "heldout", n: int = 300, language: str = "en") -> Exam:
+def ask(data: str | Path, split: str = "heldout", n: int = 300, language: str = "en", seed: int = EXAM) -> Exam:
     """Its captions, and the judge of their pictures, which may be of any size and are resized to 64x64.
 
     data: a folder of scenes, whose glyphs are matched. Raises GazeError as `exam` does, for a language that scenes have
@@ -29,7 +29,7 @@ def ask(data: str | Path, split: str = "heldout", n: int = 300, language: str = 
     """
     speaks(language)
     things = {thing.name: thing for thing in read_things(data)}
-    scenes = exam([*things], split, n)
+    scenes = exam([*things], split, n, seed)
     known = templates({name: thing.glyph for name, thing in things.items()})
 
     def judged(facts: Facts, prompt: str, picture: Image.Image) -> Judged:

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusion.errors import GazeError
 from pipelines.evaluation import wilson
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
 from tests.train.test_validation import Together
 from tests.train.tiny import newest_files, rows, run_here, tiny_recipe
 from train import loop

@@ -8,10 +8,14 @@ from PIL import Image
 
 from diffusion.errors import GazeError
 from pipelines.evaluation import evaluate_retrieval
+from pipelines.scenes import evaluation as emoji_scenes
+from pipelines.scenes.captions import caption as emoji_caption
+from pipelines.scenes.world import draw as draw_scene
 from pipelines.shapes.captions import caption, vocabulary
 from pipelines.shapes.evaluation import exam, score
 from pipelines.shapes.world import draw, scene
-from pipelines.text_to_image import DEFAULT_MODEL
+from pipelines.shipped import DEFAULT_MODEL
+from tests.made_things import GLYPHS, THINGS, write_glyphs
 from tests.train.tiny import open_phase, tiny_recipe
 from train import judges
 from train.config import Judging, load_recipe
@@ -64,6 +68,20 @@ def test_shapes_are_marked_as_gaze_evaluate_scores_them(opened, split):
     assert {
         name.removeprefix("shapes/").replace("_", " "): figure for name, figure in found.items() if "/" in name
     } == {skill: (pytest.approx(part["score"]), part["n"]) for skill, part in expected["skills"].items()}
+
+
+def test_scenes_are_marked_as_their_judge_does(opened, tmp_path):
+    """By a model that draws every third one as the scene before."""
+    write_glyphs(tmp_path)
+    asked = emoji_scenes.exam([*THINGS], "seen", 12, judges.SCENES)
+    drawn = [draw_scene(asked[i - (i % 3 == 2)], GLYPHS) for i in range(12)]
+    judge, pipe = opened("scenes", dict(enumerate(drawn)), prompts=12, split="seen")
+    assert judge.marks(range(12)) == [float(i % 3 != 2) for i in range(12)]
+    assert pipe.asked[0][0] == [emoji_caption(each, THINGS) for each in asked]
+    assert [skill.replace("_", " ") for skill in judge.skills] == [each.facts["skill"] for each in asked]
+    assert not {each.name for each in asked} & {each.name for each in emoji_scenes.exam([*THINGS], "seen", 12)}
+    with pytest.raises(GazeError, match=r"validation.judges: scenes: .*glyphs"):
+        opened("scenes", {}, folder=tmp_path / "other")
 
 
 def test_the_exam_of_gaze_evaluate_is_not_what_the_best_is_chosen_by():
@@ -130,7 +148,7 @@ def test_the_vocabulary_is_what_captions_say():
     [
         ({"phase": "text"}, "this is phase text"),
         ({"validation": {"judges": ["shapes"]}}, "validation.every and validation.judging.every are 0"),
-        ({"validation": {"every": 8, "judges": ["shape"]}}, "'shapes' or 'retrieval'"),
+        ({"validation": {"every": 8, "judges": ["shape"]}}, "'scenes' or 'retrieval'"),
         ({"validation": {"every": 8, "judges": ["shapes"], "judging": {"promts": 6}}}, "promts"),
         ({"validation": {"every": 8, "judges": ["shapes"], "judging": {"batch": 0}}}, "batch"),
     ],
