@@ -119,21 +119,24 @@ def _related(objects: Sequence[Object], facts: Facts) -> bool:
 def draw(scene: Scene, glyphs: Mapping[str, Image.Image], size: int = SIDE) -> Image.Image:
     """The scene as an RGB picture of size x size pixels. glyphs: by kind, RGBA and square."""
     canvas = Image.new("RGBA", (size, size), BACKGROUNDS[scene.background])
-    for each in scene.objects:
-        left, top, right, _ = (round(end * size / SIDE) for end in each.box)
-        canvas.alpha_composite(scaled(glyphs[each.kind], right - left), (left, top))
+    for glyph, left, top in _placed(scene, glyphs, size):
+        canvas.alpha_composite(glyph, (left, top))
     return canvas.convert("RGB")
 
 
 def masks(scene: Scene, glyphs: Mapping[str, Image.Image], size: int = SIDE) -> np.ndarray:
     """The pixels of which each object covers at least half: masks_OHW of bool, in the order of `scene.objects`."""
     masks_OHW = np.zeros((len(scene.objects), size, size), bool)
-    for mask_HW, each in zip(masks_OHW, scene.objects, strict=True):
-        left, top, right, _ = (round(end * size / SIDE) for end in each.box)
-        alpha_HW = np.asarray(scaled(glyphs[each.kind], right - left))[:, :, 3]
-        height, width = alpha_HW.shape
-        mask_HW[top : top + height, left : left + width] = alpha_HW >= 128
+    for mask_HW, (glyph, left, top) in zip(masks_OHW, _placed(scene, glyphs, size), strict=True):
+        mask_HW[top : top + glyph.height, left : left + glyph.width] = np.asarray(glyph)[:, :, 3] >= 128
     return masks_OHW
+
+
+def _placed(scene: Scene, glyphs: Mapping[str, Image.Image], size: int) -> Iterator[tuple[Image.Image, int, int]]:
+    """Each object's glyph at its size, and its left and top edge, in pixels of a picture of `size`."""
+    for each in scene.objects:
+        left, top, right, _ = (round(end * size / SIDE) for end in each.box)
+        yield scaled(glyphs[each.kind], right - left), left, top
 
 
 def scaled(glyph: Image.Image, side: int) -> Image.Image:
