@@ -272,6 +272,26 @@ def test_scenes_are_written_as_the_judge_and_the_trainer_read_them(tmp_path):
 
 
 @needs_packages
+def test_scenes_come_with_the_emoji_alone(tmp_path):
+    """All that `train data emoji` trains on, to the byte, and nothing that it holds out."""
+    build_scenes(tmp_path / "scenes", 6, size=16)
+    build_scenes(tmp_path / "both", 6, size=16, with_emoji=True)
+    emoji.build_emoji(tmp_path / "emoji", size=16, languages=["en", "fr"])
+    scenes, alone = (tmp_path / name / "metadata.jsonl" for name in ("scenes", "emoji/train"))
+    rows = [json.loads(line) for line in alone.read_text(encoding="utf-8").splitlines()]
+    expected = [{**row, "file_name": f"emoji/{row['file_name']}"} for row in rows]
+    lines = (tmp_path / "both" / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    assert lines[:6] == scenes.read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines[6:]] == expected
+    found = Folder(tmp_path / "both")
+    assert [entry.repeats for entry in found.entries] == [1] * 6 + [row["repeats"] for row in rows]
+    assert all(
+        found.read(6 + index) == (tmp_path / "emoji" / "train" / row["file_name"]).read_bytes()
+        for index, row in enumerate(rows)
+    )
+
+
+@needs_packages
 def test_pictures_are_whole_and_on_white(tmp_path):
     emoji.build_emoji(tmp_path, size=64, limit=3)
     for path in (tmp_path / "train").glob("*.png"):

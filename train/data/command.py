@@ -64,14 +64,15 @@ def _emoji(words: list[str]) -> int:
 def _scenes(words: list[str]) -> int:
     parser = _drawing("scenes")
     parser.add_argument("--languages", nargs="+", default=["en", "fr"], help="of the captions: en, fr")
+    parser.add_argument("--emoji", action="store_true", help="every emoji alone too, but those that are held out")
     arguments = parser.parse_args(words)
     from .scenes import build_scenes
 
     build_scenes(
         arguments.out, arguments.count, arguments.seed, arguments.split, arguments.size, arguments.languages,
-        with_masks=arguments.masks,
+        with_masks=arguments.masks, with_emoji=arguments.emoji,
     )  # fmt: skip
-    print(f"{arguments.count} pictures in {arguments.out}")
+    print(f"{arguments.count} scenes in {arguments.out}")
     return 0
 
 

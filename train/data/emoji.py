@@ -15,7 +15,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -152,15 +152,30 @@ def build_emoji(
     idea_balance: float = 4.0,
     limit: int | None = None,
     languages: Sequence[str] = ("en",),
-) -> dict:
-    """Draws every emoji into out/train and out/heldout; the same bytes on every run.
+) -> dict[str, Any]:
+    """Writes what `emoji_alone` draws to out/train and out/heldout; the same bytes on every run.
+
+    Returns the summary that is also written to out/summary.json: counts, groups of identical pictures by name, and the
+    names left out of train. Raises GazeError if a package or a language is missing or out is not writable.
+    """
+    splits, summary = emoji_alone(size, idea_balance, limit, languages)
+    for split, of in splits.items():
+        write_pictures(Path(out) / split, of)
+    text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
+    (Path(out) / "summary.json").write_text(text, encoding="utf-8")
+    return summary
+
+
+def emoji_alone(
+    size: int, idea_balance: float = 4.0, limit: int | None = None, languages: Sequence[str] = ("en",)
+) -> tuple[dict[str, list[tuple[Image.Image, dict[str, Any]]]], dict[str, Any]]:
+    """Every emoji on white with its line of metadata.jsonl, by split, "train" and "heldout"; and a summary.
 
     size: pixels of a side. idea_balance: see `repeats`. limit: only the first so many emoji of the list. languages: of
     the captions, by CLDR's codes; an emoji without a name in one has no captions in it.
     A picture pixel-identical to a held-out one (the font draws some emoji alike) is left out of train, and so is
     a train caption that is also a held-out picture's, and a keyword that is a held-out name, in any of the languages.
-    Returns the summary that is also written to out/summary.json: counts, groups of identical pictures by name, and the
-    names left out of train. Raises GazeError if a package or a language is missing or out is not writable.
+    Raises GazeError if a package or a language is missing.
     """
     emojis, font = installed()
     emojis = emojis[:limit]
@@ -190,9 +205,9 @@ def build_emoji(
 
     secret = {text for e in heldout for text in texts(e)}
 
-    def record(emoji: Emoji, without: set[str], times: int) -> dict:
+    def drawn(emoji: Emoji, without: set[str], times: int) -> tuple[Image.Image, dict[str, Any]]:
         names = {f"name_{language}": of[emoji].name for language, of in said.items() if emoji in of}
-        return {
+        return pictures[emoji], {
             "file_name": emoji.file_name,
             "text": [text for text in texts(emoji) if text not in without],
             "repeats": times,
@@ -201,9 +216,9 @@ def build_emoji(
             **{key: name for key, name in names.items() if key != "name_en"},
         }
 
-    records = {
-        "train": [record(e, secret, repeats(variants[idea(e.name)], idea_balance)) for e in train],
-        "heldout": [record(e, set(), 1) for e in heldout],
+    splits = {
+        "train": [drawn(e, secret, repeats(variants[idea(e.name)], idea_balance)) for e in train],
+        "heldout": [drawn(e, set(), 1) for e in heldout],
     }
     used = {*train, *heldout}
     summary = {
@@ -212,17 +227,13 @@ def build_emoji(
         "train": len(train),
         "heldout": len(heldout),
         "ideas": len(variants),
-        "pictures_per_epoch": sum(r["repeats"] for r in records["train"]),
+        "pictures_per_epoch": sum(line["repeats"] for _, line in splits["train"]),
         "groups": dict(Counter(e.group for e in emojis)),
         "left_out_like_heldout": [e.name for e in emojis if e not in used],
         "duplicates": [[e.name for e in group] for group in alike.values() if len(group) > 1],
         **{f"without_name_{language}": len(emojis) - len(of) for language, of in said.items() if language != "en"},
     }
-    for split, of in {"train": train, "heldout": heldout}.items():
-        write_pictures(Path(out) / split, zip((pictures[e] for e in of), records[split], strict=True))
-    text = json.dumps(summary, ensure_ascii=False, indent=1) + "\n"
-    (Path(out) / "summary.json").write_text(text, encoding="utf-8")
-    return summary
+    return splits, summary
 
 
 def _require_packages() -> None:

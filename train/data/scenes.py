@@ -5,11 +5,14 @@ OUT/metadata.jsonl                    {"file_name", "text": [a caption in each l
                                       also "masks" and "words": [those of each caption]
 OUT/masks/*.png                       grey levels: 0 where nothing is, 1 on the first object, 2 on the second, ...
 OUT/glyphs/*.png, metadata.jsonl      what the scenes are made of, see pipelines/scenes/things.py
+OUT/emoji/*.png                       where they are asked for: every emoji alone, as `train data emoji` draws and
+                                      captions them; what that holds out is held out here
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from pipelines.scenes.things import NAMED_IN, read_things
 from pipelines.scenes.world import Scene, draw, masks, scene
 
 from . import nouns
-from .emoji import Emoji, glyph, in_language, installed
+from .emoji import Emoji, emoji_alone, glyph, in_language, installed
 from .write import check_new, write_masks, write_pictures
 
 
@@ -33,6 +36,7 @@ def build_scenes(
     size: int = SIDE,
     languages: Sequence[str] = NAMED_IN,
     with_masks: bool = False,
+    with_emoji: bool = False,
 ) -> Path:
     """Draws the first `count` scenes of a split, the six skills in turn. languages: of the captions.
 
@@ -57,7 +61,14 @@ def build_scenes(
             row["words"] = [[word._asdict() for word in words(each, things, language)] for language in languages]
         return row
 
-    return write_pictures(out, ((draw(each, glyphs, size), line(index, each)) for index, each in enumerate(scenes)))
+    drawn = ((draw(each, glyphs, size), line(index, each)) for index, each in enumerate(scenes))
+    return write_pictures(out, chain(drawn, _alone(out, size, languages) if with_emoji else ()))
+
+
+def _alone(out: Path, size: int, languages: Sequence[str]) -> Iterator[tuple[Image.Image, dict[str, Any]]]:
+    (out / "emoji").mkdir()
+    for picture, line in emoji_alone(size, languages=languages)[0]["train"]:
+        yield picture, {**line, "file_name": f"emoji/{line['file_name']}"}
 
 
 def write_things(out: Path) -> Path:
