@@ -13,7 +13,8 @@ the trial says, in processor seconds. Can be stopped at any time: the same comma
 again; --table prints what there is. Overrides KEY=VALUE belong to a folder: others need another --folder.
 
 Exact: the judge of the shapes world finds every fact of the caption in the picture, with a Wilson 95 % interval over
-prompts of all seeds; by how much trainings with other seeds differ is not in it. Training: processor seconds for 1,000
+prompts of all seeds; by how much trainings with other seeds differ is not in it. Broken facts tell arms apart that draw
+nothing exactly yet. Training: processor seconds for 1,000
 pictures, the median over the trial's log, and the most memory that the process held. Drawing: processor seconds of a
 picture with the recipe's steps and guidance, the median of 8.
 Prints tables in Markdown; progress goes to stderr.
@@ -131,6 +132,11 @@ def share(reports: list[dict[str, Any]]) -> str:
     return f"{mean:.1%} ({low:.1%} to {high:.1%})"
 
 
+def broken(reports: list[dict[str, Any]]) -> str:
+    """How many facts of its caption a picture breaks, over all pictures of one arm's reports."""
+    return f"{sum(sum(report['broken'].values()) for report in reports) / sum(report['n'] for report in reports):.2f}"
+
+
 def rows(head: list[str], found: dict[str, list[Any]], cells: Callable[[list[Any]], list[str]]) -> str:
     """A table with a row for each arm."""
     lines = [head, ["---"] * len(head), *([name, *cells(runs)] for name, runs in found.items())]
@@ -142,8 +148,9 @@ def tables(differ: str, splits: list[str], found: dict[str, list[dict[str, Any]]
     from pipelines.shapes.world import SKILLS
 
     def exact(runs: list[dict[str, Any]]) -> list[str]:
-        prompts = sum(run[splits[0]]["n"] for run in runs)
-        return [f"{runs[0]['pictures']:,}", *(share([run[split] for run in runs]) for split in splits), str(prompts)]
+        reports = [[run[split] for run in runs] for split in splits]
+        prompts = sum(report["n"] for report in reports[0])
+        return [f"{runs[0]['pictures']:,}", *map(share, reports), *map(broken, reports), str(prompts)]
 
     def cost(runs: list[dict[str, Any]]) -> list[str]:
         forms = {"cpu_seconds": ".1f", "seconds": ".1f", "memory_gb": ".2f", "parameters": ",.0f", "gflop": ".3f",
@@ -165,7 +172,8 @@ def tables(differ: str, splits: list[str], found: dict[str, list[dict[str, Any]]
         "GFLOP a call",
         "CPU s a picture",
     ]
-    parts = [rows([differ, "pictures", *(f"exact, {name}" for name in names), "n each"], found, exact)]
+    scores = [*(f"exact, {name}" for name in names), *(f"broken facts a picture, {name}" for name in names)]
+    parts = [rows([differ, "pictures", *scores, "n each"], found, exact)]
     parts += [rows([differ, *costs], found, cost)]
     for split, name in zip(splits, names, strict=True):
         parts += [rows([differ, *(f"{skill}, {name}" for skill in SKILLS)], found, partial(skilled, split))]
