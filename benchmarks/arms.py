@@ -15,7 +15,8 @@ again; --table prints what there is. Overrides KEY=VALUE belong to a folder: oth
 Exact: the judge of the shapes world finds every fact of the caption in the picture, with a Wilson 95 % interval over
 prompts of all seeds; by how much trainings with other seeds differ is not in it. Broken facts tell arms apart that draw
 nothing exactly yet. Training: processor seconds for 1,000 pictures, the median over the trial's log, and the most
-memory that the process held. Drawing: processor seconds of a picture with the recipe's steps and guidance, the median of 8.
+memory that the process held. Drawing: processor seconds of a picture with the recipe's steps and guidance,
+the median of 8.
 Prints tables in Markdown; progress goes to stderr.
 """
 
